@@ -1,0 +1,1 @@
+"""Rewritten models in the formats that runtimes load."""

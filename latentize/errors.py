@@ -1,0 +1,34 @@
+"""Every error a user can cause: one line saying what, where, why and what to do, and the exit code it ends with."""
+
+from __future__ import annotations
+
+
+class LatentizeError(Exception):
+    """A fault in what the user gave. The command line prints the message alone and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class NothingToRewriteError(LatentizeError):
+    """The model holds no MoE block, or every block was refused."""
+
+    exit_code = 3
+
+
+class GateError(LatentizeError):
+    """An accuracy or agreement gate failed."""
+
+    exit_code = 4
+
+
+class ResourceError(LatentizeError):
+    """Out of memory or disk."""
+
+    exit_code = 5
+
+
+class MissingExtraError(LatentizeError):
+    """A package that an optional feature needs is not installed."""
+
+    def __init__(self, package: str, extra: str, feature: str) -> None:
+        super().__init__(f"{feature} needs the package {package!r}, which is not installed: pip install 'latentize[{extra}]'")

@@ -1,0 +1,149 @@
+"""`LatentMoE`: the block that latentize puts in place of a standard MoE, as ordinary PyTorch modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from latentize import ops
+from latentize.routing import Routing, route
+from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
+
+
+def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+
+
+class Router(nn.Module):
+    """Chooses experts from the hidden state at full width d.
+
+    Logits and scores are computed in fp32 (fp64 for fp64 inputs): in bf16 a few percent of tokens tie between experts.
+    """
+
+    def __init__(self, spec: RouterSpec) -> None:
+        super().__init__()
+        self.weight = _parameter(spec.weight)
+        self.bias = _parameter(spec.bias)
+        self.register_buffer("selection_bias", spec.selection_bias)
+        self.register_buffer("per_expert_scale", spec.per_expert_scale)
+        self._rule = replace(spec, weight=torch.empty(0), bias=None, selection_bias=None, per_expert_scale=None)
+
+    @property
+    def spec(self) -> RouterSpec:
+        """The routing function with the tensors as they are now."""
+        return replace(
+            self._rule,
+            weight=self.weight,
+            bias=self.bias,
+            selection_bias=self.selection_bias,
+            per_expert_scale=self.per_expert_scale,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Raw logits [T, N] of hidden [T, d], in at least fp32."""
+        assert self.weight is not None
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def forward(self, hidden: Tensor) -> Routing:
+        """Routing of hidden [T, d]."""
+        return route(self.logits(hidden), self.spec)
+
+    def extra_repr(self) -> str:
+        """Sizes for printing."""
+        assert self.weight is not None
+        return f"hidden_size={self.weight.shape[1]}, num_experts={self.weight.shape[0]}, top_k={self._rule.top_k}"
+
+
+class LatentExperts(nn.Module):
+    """Down-projection, routed experts at the latent width, combine, up-projection.
+
+    With `latent_down` and `latent_up` None the experts work at the hidden size: a standard MoE in canonical layout.
+    """
+
+    def __init__(self, spec: MoESpec) -> None:
+        super().__init__()
+        experts = spec.experts
+        self.latent_down = _parameter(None if spec.latent is None else spec.latent.down)
+        self.latent_up = _parameter(None if spec.latent is None else spec.latent.up)
+        self.gate = _parameter(experts.gate)
+        self.up = _parameter(experts.up)
+        self.down = _parameter(experts.down)
+        self.gate_bias = _parameter(experts.gate_bias)
+        self.up_bias = _parameter(experts.up_bias)
+        self.down_bias = _parameter(experts.down_bias)
+        self.output_bias = _parameter(spec.output_bias)
+        self.activation = experts.activation
+        self.num_identity = experts.num_identity
+        self.output_scale = spec.output_scale
+        self.weights_on_input = spec.router.applies_to == "input"
+
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Routed output [T, d] of hidden [T, d], indices [T, k] int64 and weights [T, k]."""
+        latent = hidden if self.latent_down is None else F.linear(hidden, self.latent_down)
+        combined = self.combine(latent, indices, weights)
+        output = combined if self.latent_up is None else F.linear(combined, self.latent_up)
+        if self.num_identity:
+            assert self.up is not None
+            passed = (weights * (indices >= self.up.shape[0])).sum(-1, keepdim=True)
+            output = output + hidden * passed.to(hidden.dtype)
+        if self.output_scale != 1.0:
+            output = output * self.output_scale
+        return output if self.output_bias is None else output + self.output_bias
+
+    def combine(self, latent: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sum [T, l] of the selected experts' outputs on latent [T, l]."""
+        a = self.activation
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return ops.compute(
+                latent, indices, weights.to(latent.dtype), self.gate, self.up, self.down,
+                self.gate_bias, self.up_bias, self.down_bias, a, self.weights_on_input,
+            )  # fmt: skip
+        return ops.latent_experts(
+            latent, indices, weights.to(latent.dtype), self.gate, self.up, self.down,
+            self.gate_bias, self.up_bias, self.down_bias,
+            a.name, a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset, self.weights_on_input,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """Sizes for printing."""
+        assert self.up is not None
+        experts, intermediate, latent = self.up.shape
+        hidden = latent if self.latent_down is None else self.latent_down.shape[1]
+        return f"hidden_size={hidden}, latent_dim={latent}, num_experts={experts}, intermediate_size={intermediate}"
+
+
+class LatentMoE(nn.Module):
+    """A routed MoE block in canonical form: `router` at width d, `experts` at the latent width.
+
+    `LatentMoE(spec)` shares the spec's tensors; give it clones where they must not be shared.
+    """
+
+    def __init__(self, spec: MoESpec) -> None:
+        super().__init__()
+        self.router = Router(spec.router)
+        self.experts = LatentExperts(spec)
+
+    @property
+    def spec(self) -> MoESpec:
+        """The block's spec with the tensors as they are now."""
+        e = self.experts
+        assert e.up is not None
+        assert e.down is not None
+        experts = ExpertsSpec(
+            e.up, e.down, e.gate, e.gate_bias, e.up_bias, e.down_bias, e.activation, e.num_identity
+        )
+        latent = None
+        if e.latent_down is not None and e.latent_up is not None:
+            latent = LatentSpec(e.latent_down, e.latent_up)
+        return MoESpec(self.router.spec, experts, latent, e.output_scale, e.output_bias)
+
+    def forward(self, hidden: Tensor, router_hidden: Tensor | None = None) -> Tensor:
+        """Routed output [..., d] of hidden [..., d]; the router reads `router_hidden` [..., d] where it is given."""
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        seen = flat if router_hidden is None else router_hidden.reshape(-1, router_hidden.shape[-1])
+        routing = self.router(seen)
+        return self.experts(flat, routing.indices, routing.weights).view(hidden.shape)
