@@ -1,0 +1,189 @@
+"""How fast: both models interleaved in one process, medians, the original beside ours."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentize.errors import MissingExtraError
+from latentize.inputs import Inputs, observing
+
+#: tokens -> the inputs for one sequence of that length, or the reason why there are none.
+MakeInputs = Callable[[int], Inputs | str]
+
+TOKENS = (1, 16, 256)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call over `repeats` calls: median and the quartiles around it."""
+
+    median_ms: float
+    q25_ms: float
+    q75_ms: float
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Latency:
+    """One row of the latency table: `backend` at `tokens` tokens of one sequence.
+
+    `ratio` is rewritten / original, below 1 where the rewritten model is faster. A side that was not measured is None
+    and `note` says why.
+    """
+
+    backend: str
+    tokens: int
+    original: Timing | None
+    rewritten: Timing | None
+    ratio: float | None
+    threads: int
+    note: str = ""
+
+    @classmethod
+    def of(cls, backend: str, tokens: int, timings: Mapping[str, Timing], note: str = "") -> Latency:
+        """The row of `timings`, which holds "original" and "rewritten" as far as they were measured."""
+        original, rewritten = timings.get("original"), timings.get("rewritten")
+        ratio = None
+        if original is not None and rewritten is not None and original.median_ms > 0:
+            ratio = rewritten.median_ms / original.median_ms
+        return cls(backend, tokens, original, rewritten, ratio, torch.get_num_threads(), note)
+
+
+def latency(callables: Mapping[str, Callable[[], Any]], repeats: int = 30, warmup: int = 5) -> dict[str, Timing]:
+    """Time every callable `repeats` times, one call of each per round, in turning order, without garbage collection.
+
+    Args:
+        callables: name -> what to time, without arguments.
+        repeats: timed rounds, at least 1.
+        warmup: rounds before them that are not timed.
+    """
+    names = list(callables)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(warmup):
+        for call in callables.values():
+            call()
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(repeats):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                begin = time.perf_counter_ns()
+                callables[name]()
+                samples[name].append((time.perf_counter_ns() - begin) / 1e6)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+def bench_models(
+    original: nn.Module,
+    rewritten: nn.Module,
+    make_inputs: MakeInputs,
+    tokens: Sequence[int] = TOKENS,
+    repeats: int = 30,
+    warmup: int = 5,
+) -> tuple[Latency, ...]:
+    """Latency of both models in PyTorch at each number of tokens, in eval mode; the models are left as found."""
+    models = {"original": original, "rewritten": rewritten}
+    rows = []
+    with observing(original, rewritten):
+        for count in tokens:
+            inputs = make_inputs(count)
+            if isinstance(inputs, str):
+                rows.append(Latency.of("torch", count, {}, inputs))
+                continue
+            calls = {name: _torch_call(model, inputs) for name, model in models.items()}
+            rows.append(Latency.of("torch", count, latency(calls, repeats, warmup)))
+    return tuple(rows)
+
+
+def bench_onnx(
+    paths: Mapping[str, Path],
+    make_inputs: MakeInputs,
+    tokens: Sequence[int] = TOKENS,
+    repeats: int = 30,
+    warmup: int = 5,
+) -> tuple[Latency, ...]:
+    """Latency of exported graphs in onnxruntime on the CPU with as many threads as torch has.
+
+    Args:
+        paths: "original" and "rewritten" -> .onnx file; a missing one is left out of the table and noted.
+        make_inputs: as for `bench_models`; tensors are fed by keyword name, else in order.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    sessions = {name: session(path) for name, path in paths.items()}
+    missing = [name for name in ("original", "rewritten") if name not in sessions]
+    note = f"no exported graph of the {' and '.join(missing)} model" if missing else ""
+    rows = []
+    for count in tokens:
+        inputs = make_inputs(count)
+        if isinstance(inputs, str):
+            rows.append(Latency.of("onnxruntime", count, {}, inputs))
+            continue
+        calls = {name: _onnx_call(graph, inputs) for name, graph in sessions.items()}
+        rows.append(Latency.of("onnxruntime", count, latency(calls, repeats, warmup), note))
+    return tuple(rows)
+
+
+def session(path: Path) -> Any:
+    """An onnxruntime CPU session of `path` with torch's number of threads.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "onnx", "timing exported graphs") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def feeds(graph: Any, inputs: Inputs) -> dict[str, Any]:
+    """numpy arrays for the inputs of the session `graph`: keyword tensors by name, the others in order."""
+    names = [node.name for node in graph.get_inputs()]
+    tensors = {name: value for name, value in inputs.kwargs.items() if isinstance(value, torch.Tensor)}
+    by_name = {name: value for name, value in tensors.items() if name in names}
+    left = [t for t in inputs.tensors() if not any(t is taken for taken in by_name.values())]
+    by_name.update(zip([name for name in names if name not in by_name], left, strict=False))
+    return {name: tensor.detach().cpu().numpy() for name, tensor in by_name.items()}
+
+
+def _torch_call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
+    if not any(tensor.is_cuda for tensor in inputs.tensors()):
+        return lambda: inputs.call(model)
+
+    def call() -> None:
+        inputs.call(model)
+        torch.cuda.synchronize()
+
+    return call
+
+
+def _onnx_call(graph: Any, inputs: Inputs) -> Callable[[], Any]:
+    fed = feeds(graph, inputs)
+    return lambda: graph.run(None, fed)
+
+
+def _timing(values: Sequence[float]) -> Timing:
+    if len(values) == 1:
+        return Timing(values[0], values[0], values[0], 1)
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return Timing(middle, low, high, len(values))

@@ -1,0 +1,234 @@
+"""What a conversion cost: the model's own evaluation, agreement of outputs, and the error of each block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from latentize.errors import GateError, LatentizeError
+from latentize.inputs import Batch, Inputs, observing
+from latentize.moe import LatentMoE
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model's own `evaluate` before and after: name -> value, the first being the one that should stay low.
+
+    `initialised` holds the values of the rewritten model before healing, where they were measured.
+    """
+
+    original: Mapping[str, float]
+    rewritten: Mapping[str, float]
+    initialised: Mapping[str, float] | None = None
+
+    @property
+    def metric(self) -> str:
+        """Name of the first value."""
+        return next(iter(self.original))
+
+    @property
+    def rise(self) -> float:
+        """Relative rise of the first value, 0.01 = 1 %; it is better when negative."""
+        before, after = self.original[self.metric], self.rewritten[self.metric]
+        return (after - before) / abs(before) if before else math.copysign(math.inf, after) if after else 0.0
+
+
+@dataclass(frozen=True)
+class OutputAgreement:
+    """How close the rewritten model's outputs are to the original's on the same inputs.
+
+    `relative` is ‖b − a‖/‖a‖ and `cosine` that of the whole output; `max_abs` the largest difference. Where the outputs
+    are class scores: KL(original ‖ rewritten) per position in nats (mean, 99th percentile, worst) and the share of
+    positions whose best class is the same; otherwise None.
+    """
+
+    positions: int
+    max_abs: float
+    relative: float
+    cosine: float
+    kl_mean: float | None = None
+    kl_p99: float | None = None
+    kl_worst: float | None = None
+    top1: float | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One limit that a conversion had to keep: `value` <= `limit`. A value that is not a number does not keep it."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+    @classmethod
+    def of(cls, name: str, value: float, limit: float) -> Gate:
+        """The gate, judged."""
+        return cls(name, value, limit, passed=value <= limit)
+
+
+def evaluate_pair(original: nn.Module, rewritten: nn.Module, evaluate: Evaluate) -> Evaluation:
+    """Both models under the same `evaluate`, in eval mode, without gradients, from the same random state.
+
+    Raises:
+        LatentizeError: `evaluate` does not return a dict of names to numbers, or not the same names for both.
+    """
+    values = []
+    for model in (original, rewritten):
+        with observing(model):
+            values.append(_numbers(evaluate(model)))
+    before, after = values
+    if list(before) != list(after):
+        raise LatentizeError(
+            f"evaluate: returned {', '.join(before)} for the original model and {', '.join(after)} for the rewritten "
+            "one; return the same names for both"
+        )
+    return Evaluation(before, after)
+
+
+def block_errors(
+    teacher_blocks: Mapping[str, LatentMoE],
+    student_blocks: Mapping[str, LatentMoE],
+    model: nn.Module,
+    batches: Iterable[Batch],
+) -> dict[str, float]:
+    """Relative error ‖student − teacher‖/‖teacher‖ of each block's routed output on the teacher's own inputs.
+
+    Args:
+        teacher_blocks: name -> block inside `model`, in canonical form.
+        student_blocks: name -> the block that replaces it; names missing here are skipped.
+        model: the teacher, with `teacher_blocks` in place; left as found.
+        batches: tuples of args or dicts of kwargs.
+    """
+    sums = {name: [0.0, 0.0] for name in teacher_blocks if name in student_blocks}
+
+    def watch(name: str) -> Any:
+        def measure(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            difference = student_blocks[name](*args, **kwargs).double() - output.double()
+            sums[name][0] += difference.square().sum().item()
+            sums[name][1] += output.double().square().sum().item()
+
+        return measure
+
+    handles = [teacher_blocks[name].register_forward_hook(watch(name), with_kwargs=True) for name in sums]
+    try:
+        with observing(model, *(student_blocks[name] for name in sums)):
+            for batch in batches:
+                Inputs.of(batch).call(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _ratio(wrong, whole) for name, (wrong, whole) in sums.items()}
+
+
+def output_agreement(original: nn.Module, rewritten: nn.Module, batches: Iterable[Batch]) -> OutputAgreement:
+    """Both models' outputs on `batches` (tuples of args or dicts of kwargs), compared.
+
+    The output compared is `logits` where the model returns one, else the first floating-point tensor. Its last axis is
+    read as class scores when it is called logits or when the model's inputs are integers (token ids).
+    """
+    wrong = whole = dot = other = largest = 0.0
+    positions = 0
+    divergences: list[Tensor] = []
+    same = 0
+    with observing(original, rewritten):
+        for batch in batches:
+            inputs = Inputs.of(batch)
+            a, named = main_output(inputs.call(original))
+            b, _ = main_output(inputs.call(rewritten))
+            if a.shape != b.shape:
+                raise LatentizeError(
+                    f"compare: the original returns {list(a.shape)} and the rewritten model {list(b.shape)} "
+                    "for the same inputs; compare models of the same task"
+                )
+            a, b = a.double().flatten(0, -2), b.double().flatten(0, -2)
+            wrong += (b - a).square().sum().item()
+            whole += a.square().sum().item()
+            other += b.square().sum().item()
+            dot += (a * b).sum().item()
+            largest = _larger(largest, (b - a).abs().max().item() if a.numel() else 0.0)
+            positions += a.shape[0]
+            if named or not any(t.is_floating_point() for t in inputs.tensors()):
+                log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+                divergences.append(F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1))
+                same += int((a.argmax(-1) == b.argmax(-1)).sum())
+    if not positions:
+        raise LatentizeError("compare: no batch to compare the models on; give at least one")
+    agreement = OutputAgreement(positions, largest, _ratio(wrong, whole), dot / math.sqrt(whole * other or 1.0))
+    return _with_divergence(agreement, torch.cat(divergences), same) if divergences else agreement
+
+
+def loss_gate(evaluation: Evaluation, max_loss: float) -> Gate:
+    """The gate of `--max-loss`: the first value of `evaluate` may rise by the fraction `max_loss`."""
+    return Gate.of(f"relative rise of {evaluation.metric}", evaluation.rise, max_loss)
+
+
+def require(gates: Sequence[Gate]) -> None:
+    """Do nothing when every gate passed.
+
+    Raises:
+        GateError: naming each gate that failed, its value and its limit.
+    """
+    failed = [gate for gate in gates if not gate.passed]
+    if failed:
+        what = "; ".join(f"{gate.name} is {gate.value:.4g}, allowed {gate.limit:.4g}" for gate in failed)
+        raise GateError(f"gate failed: {what}. Lower the compression, heal longer, or allow more")
+
+
+def main_output(output: Any) -> tuple[Tensor, bool]:
+    """The tensor to compare in a model's output, and whether the model calls it logits.
+
+    Raises:
+        LatentizeError: the output holds no floating-point tensor.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits, True
+    leaves = pytree.tree_leaves(output) if not isinstance(output, Mapping) else pytree.tree_leaves(dict(output))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+    if not tensors:
+        kind = type(output).__name__
+        raise LatentizeError(f"compare: the model returns {kind}, which holds no floating-point tensor to compare")
+    return tensors[0] if tensors[0].ndim > 1 else tensors[0].unsqueeze(0), False
+
+
+def _with_divergence(agreement: OutputAgreement, divergence: Tensor, same: int) -> OutputAgreement:
+    ordered = divergence.clamp_min(0).sort().values
+    p99 = ordered[max(0, math.ceil(0.99 * len(ordered)) - 1)].item()
+    return OutputAgreement(
+        agreement.positions, agreement.max_abs, agreement.relative, agreement.cosine,
+        kl_mean=divergence.mean().item(), kl_p99=p99, kl_worst=ordered[-1].item(), top1=same / agreement.positions,
+    )  # fmt: skip
+
+
+def _numbers(values: Any) -> dict[str, float]:
+    good = isinstance(values, Mapping) and values and all(isinstance(name, str) for name in values)
+    try:
+        numbers = {name: float(value) for name, value in values.items()} if good else {}
+    except (TypeError, ValueError):
+        numbers = {}
+    if not numbers:
+        raise LatentizeError(
+            f"evaluate: returned {values!r:.80}; expected a dict of names to numbers, the first lower is better, "
+            "e.g. {'bits_per_byte': 1.84}"
+        )
+    return numbers
+
+
+def _ratio(wrong: float, whole: float) -> float:
+    if whole == 0.0:
+        return 0.0 if wrong == 0.0 else math.inf
+    return math.sqrt(wrong / whole)
+
+
+def _larger(a: float, b: float) -> float:
+    return b if math.isnan(b) else max(a, b)

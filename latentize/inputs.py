@@ -1,0 +1,122 @@
+"""How a model is called here: a batch is a tuple of args or a dict of kwargs, it can be brought to another number of
+tokens, and looking at a model leaves it as it was found."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+#: One batch of calibration or evaluation data: positional arguments, or keyword arguments.
+Batch = tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch) -> Inputs:
+        """The arguments that `batch` stands for."""
+        return cls(kwargs=dict(batch)) if isinstance(batch, Mapping) else cls(args=tuple(batch))
+
+    def call(self, model: nn.Module) -> Any:
+        """What `model` returns for these arguments."""
+        return model(*self.args, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def observing(*models: nn.Module) -> Iterator[None]:
+    """Run `models` in eval mode without gradients; afterwards their modes and the random states are as they were."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    python_state = random.getstate()
+    try:
+        for module, _ in modes:
+            module.training = False
+        with torch.random.fork_rng(), torch.no_grad():
+            yield
+    finally:
+        random.setstate(python_state)
+        for module, training in modes:
+            module.training = training
+
+
+def with_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -> Inputs | None:
+    """The same arguments for one sequence of `tokens` tokens, values repeated or cut; None when no token axis is seen.
+
+    The first tensor of one of these shapes decides: integers [B, T] (token ids), floats [B, T, d] (hidden states),
+    floats [T, d]. In every tensor the axes of length T then get length `tokens` and a leading axis of length B gets
+    length 1; integers that count up along an axis (positions) go on counting. Nothing is run: see `runnable_at`.
+    """
+    inputs = Inputs(args, dict(kwargs))
+    sizes = next((found for tensor in inputs.tensors() if (found := _batch_and_tokens(tensor)) is not None), None)
+    if sizes is None:
+        return None
+    batch, length = sizes
+
+    def resize(leaf: Any) -> Any:
+        return _resize(leaf, batch, length, tokens) if isinstance(leaf, Tensor) else leaf
+
+    new_args, new_kwargs = pytree.tree_map(resize, (inputs.args, inputs.kwargs))
+    return Inputs(new_args, new_kwargs)
+
+
+def runnable_at(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int
+) -> tuple[Inputs | None, str]:
+    """`with_tokens`, proved by running `model` on the result: (inputs, ""), or (None, the reason)."""
+    inputs = with_tokens(args, kwargs, tokens)
+    if inputs is None:
+        shapes = ", ".join(str(list(t.shape)) for t in Inputs(args, kwargs).tensors()) or "none"
+        return None, f"no token axis in the example inputs (tensors: {shapes}); expected ids [B, T] or states [B, T, d]"
+    try:
+        with observing(model):
+            inputs.call(model)
+    except Exception as error:  # whatever the user's model raises is the reason
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return None, f"the model does not run on {tokens} tokens: {what}"
+    return inputs, ""
+
+
+def _batch_and_tokens(tensor: Tensor) -> tuple[int | None, int] | None:
+    if tensor.is_floating_point():
+        if tensor.ndim == 3:
+            return tensor.shape[0], tensor.shape[1]
+        return (None, tensor.shape[0]) if tensor.ndim == 2 else None
+    return (tensor.shape[0], tensor.shape[1]) if tensor.ndim == 2 and not tensor.is_complex() else None
+
+
+def _resize(tensor: Tensor, batch: int | None, length: int, tokens: int) -> Tensor:
+    states = tensor.is_floating_point() and tensor.ndim == (2 if batch is None else 3)
+    for axis in range(tensor.ndim - states):  # the last axis of hidden states is d, whatever its length
+        size = tensor.shape[axis]
+        if axis == 0 and batch is not None and tensor.ndim > 1 and size == batch:
+            tensor = tensor[:1]
+        elif size == length and size:
+            tensor = _resize_axis(tensor, axis, tokens)
+    return tensor
+
+
+def _resize_axis(tensor: Tensor, axis: int, tokens: int) -> Tensor:
+    length = tensor.shape[axis]
+    index = torch.arange(tokens, device=tensor.device) % length
+    resized = tensor.index_select(axis, index)
+    if tensor.dtype in (torch.int32, torch.int64) and length > 1 and bool((tensor.diff(dim=axis) == 1).all()):
+        shape = [1] * tensor.ndim
+        shape[axis] = tokens
+        laps = torch.arange(tokens, device=tensor.device) // length * length
+        resized = resized + laps.to(tensor.dtype).view(shape)
+    return resized

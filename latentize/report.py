@@ -1,0 +1,339 @@
+"""The record of one conversion: frozen data with a versioned JSON form (docs/report-schema.md), and a page made of it.
+
+A value that was not measured is None; nothing here is estimated in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from latentize.bench import Latency
+from latentize.blocks import Block, Probe
+from latentize.compare import Evaluation, Gate, OutputAgreement
+from latentize.errors import LatentizeError, ResourceError
+from latentize.load_balance import ExpertLoad
+from latentize.spec import MoESpec
+
+SCHEMA_VERSION = 1
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was converted: `form` says how it was given (model.py, huggingface, pt2, python), `name` where.
+
+    Parameters and bytes count every parameter and buffer once; "after" is None where nothing was rewritten.
+    """
+
+    form: str
+    name: str
+    class_name: str
+    parameters_before: int
+    parameters_after: int | None
+    bytes_before: int
+    bytes_after: int | None
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and when it ran; `date` is ISO 8601 in UTC."""
+
+    python: str
+    torch: str
+    platform: str
+    cpu: str
+    threads: int
+    date: str
+    accelerator: str | None = None
+
+    @classmethod
+    def here(cls) -> Environment:
+        """The environment of this process, now."""
+        return cls(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            platform=platform.platform(),
+            cpu=_cpu_name(),
+            threads=torch.get_num_threads(),
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of one block as it came in; `latent_dim` equals `hidden_size` where it is not latent."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    latent_dim: int
+
+    @classmethod
+    def of(cls, spec: MoESpec) -> Sizes:
+        """The sizes of `spec`."""
+        return cls(spec.hidden_size, spec.intermediate_size, spec.num_experts, spec.top_k, spec.latent_dim)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one block: sizes, and the costs of its routed path per token, before and after.
+
+    `weight_bytes` are read per token (k experts, and the projections after), `dispatch_bytes` cross to and from the
+    experts (2 · k · width), `stored_bytes` are the block's parameters. `predicted_error` is relative, at initialisation.
+    `spectrum` holds the singular values that decide ℓ, largest first, d of them.
+    """
+
+    hidden_size: int
+    latent_dim: int
+    num_experts_before: int
+    num_experts_after: int
+    top_k_before: int
+    top_k_after: int
+    weight_bytes_before: int
+    weight_bytes_after: int
+    dispatch_bytes_before: int
+    dispatch_bytes_after: int
+    stored_bytes_before: int
+    stored_bytes_after: int
+    flops_before: int
+    flops_after: int
+    predicted_error: float | None = None
+    spectrum: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative error of one block's routed output on the original's own inputs, after each step."""
+
+    initialised: float | None = None
+    healed_block: float | None = None
+    healed_end_to_end: float | None = None
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """One place that looked like an MoE, in the model's order. `plan` is None where the block was left as it is.
+
+    `reason` says why it was left: the condition that failed when "refused", the recipe's pattern when excluded.
+    """
+
+    name: str
+    status: Literal["moe", "latent", "refused"]
+    reason: str = ""
+    computes: str = ""
+    sizes: Sizes | None = None
+    max_error: float | None = None
+    evidence: tuple[Probe, ...] = ()
+    plan: Plan | None = None
+    errors: Errors | None = None
+    load_before: ExpertLoad | None = None
+    load_after: ExpertLoad | None = None
+
+    @classmethod
+    def of(cls, block: Block, **measured: Any) -> BlockRecord:
+        """The record of `block`, with what else was measured: plan, errors, load_before, load_after, or a reason."""
+        known: dict[str, Any] = {"reason": block.reason, "max_error": block.max_error, "evidence": block.evidence}
+        if block.spec is not None:
+            known |= {"computes": block.spec.describe(), "sizes": Sizes.of(block.spec)}
+        return cls(block.name, block.status, **(known | measured))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The data that the conversion saw."""
+
+    batches: int
+    tokens: int
+    heal_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """Another conversion of the same model, measured the same way: one point of accuracy against bytes."""
+
+    label: str
+    weight_bytes: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class OnnxAgreement:
+    """An exported graph in onnxruntime against PyTorch on fresh inputs of one length."""
+
+    model: Literal["original", "rewritten"]
+    tokens: int
+    relative_error: float
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the run; `peak_memory_bytes` is the process's largest resident size up to its end."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of OUT; `path` is relative to it."""
+
+    path: str
+    what: str
+    bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one run found, planned, did and measured. Sections that were not measured are None."""
+
+    tool_version: str
+    model: Model
+    environment: Environment
+    recipe: Mapping[str, Any]
+    blocks: tuple[BlockRecord, ...]
+    calibration: Calibration | None = None
+    evaluation: Evaluation | None = None
+    points: tuple[Point, ...] = ()
+    outputs: OutputAgreement | None = None
+    latency: tuple[Latency, ...] | None = None
+    onnx: tuple[OnnxAgreement, ...] | None = None
+    gates: tuple[Gate, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    warnings: tuple[str, ...] = ()
+    files: tuple[File, ...] = ()
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def rewritten(self) -> tuple[BlockRecord, ...]:
+        """The blocks that were rewritten."""
+        return tuple(block for block in self.blocks if block.plan is not None)
+
+
+class _Schema(GenerateJsonSchema):
+    """JSON has no number for what is not finite: such a float is written as a word, which pydantic reads back."""
+
+    def float_schema(self, schema: Any) -> JsonSchemaValue:
+        return {"anyOf": [super().float_schema(schema), {"enum": ["NaN", "Infinity", "-Infinity"]}]}
+
+
+_ADAPTER: TypeAdapter[Report] = TypeAdapter(Report)
+
+
+def to_json(report: Report) -> str:
+    """The report as JSON text, two spaces an indent, in the order of the fields."""
+    return json.dumps(_words(_ADAPTER.dump_python(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> Report:
+    """The report in JSON text that `to_json` wrote.
+
+    Raises:
+        LatentizeError: the text is not JSON, has another schema version, or a field is missing or of the wrong type.
+    """
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LatentizeError(f"{JSON_NAME}: not JSON ({error}); run the conversion again to write it anew") from None
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise LatentizeError(
+            f"{JSON_NAME}: schema version {version!r}, expected {SCHEMA_VERSION}; "
+            "read it with the release of latentize that wrote it"
+        )
+    try:
+        return _ADAPTER.validate_python(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(part) for part in problem["loc"])
+        raise LatentizeError(f"{JSON_NAME}: field {where}: {problem['msg']}; it was changed or cut short") from None
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a report."""
+    return _ADAPTER.json_schema(mode="serialization", schema_generator=_Schema)
+
+
+def write(report: Report, out: Path) -> tuple[Path, Path]:
+    """Write report.json and then report.html into the folder `out`, each whole or not at all; returns both paths.
+
+    Raises:
+        MissingExtraError: a package that the page needs is not installed; report.json is written nevertheless.
+        ResourceError: the disk is full or `out` cannot be written.
+    """
+    from latentize import report_html
+
+    out = Path(out)
+    _write_atomically(out / JSON_NAME, to_json(report))
+    _write_atomically(out / HTML_NAME, report_html.render(report))
+    return out / JSON_NAME, out / HTML_NAME
+
+
+def read(out: Path) -> Report:
+    """The report in the folder `out`.
+
+    Raises:
+        LatentizeError: there is none, or it cannot be read.
+    """
+    path = Path(out) / JSON_NAME
+    try:
+        return from_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LatentizeError(
+            f"{path}: cannot be read ({error.strerror}); give the folder that `latentize MODEL -o OUT` wrote"
+        ) from None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise ResourceError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder, then --resume"
+        ) from None
+
+
+def _words(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: _words(item) for key, item in value.items()}
+    return [_words(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
