@@ -96,16 +96,11 @@ class LatentExperts(nn.Module):
 
     def combine(self, latent: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum [T, l] of the selected experts' outputs on latent [T, l]."""
-        a = self.activation
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return ops.compute(
-                latent, indices, weights.to(latent.dtype), self.gate, self.up, self.down,
-                self.gate_bias, self.up_bias, self.down_bias, a, self.weights_on_input,
-            )  # fmt: skip
-        return ops.latent_experts(
+        assert self.up is not None
+        assert self.down is not None
+        return ops.compute(
             latent, indices, weights.to(latent.dtype), self.gate, self.up, self.down,
-            self.gate_bias, self.up_bias, self.down_bias,
-            a.name, a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset, self.weights_on_input,
+            self.gate_bias, self.up_bias, self.down_bias, self.activation, self.weights_on_input,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
