@@ -4,15 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint type gpu-check bench clean
-demo: $(STAMP)
+.PHONY: demo test test-slow lint type gpu-check clean
+demo: $(STAMP)  ## install, then convert the trained sample
 	$(BIN)/latentize samples/stdlib_lm.py -o out --export onnx
 
-test: lint type
-	$(BIN)/python -m pytest -q -m "not slow" -n auto
+test: lint type  ## everything but the slow suite
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -n auto
+test-slow: $(STAMP)  ## the slow suite alone
+	$(BIN)/python -m pytest -q -n auto -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -20,10 +20,12 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
-gpu-check: $(STAMP)
+gpu-check: $(STAMP)  ## what needs a CUDA GPU; says so where there is none
 	$(BIN)/python benchmarks/gpu_check.py
 
+# torch first and alone: pinned, so that what follows cannot bring another build of it.
 $(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "latentize needs Python 3.11 or newer: make PYTHON=python3.11")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[all,dev]"
