@@ -1,0 +1,217 @@
+"""Find the routed region of an MoE in a recording: where hidden states enter, where the routed output leaves, and the
+constant tensors in between. Structure and data flow only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentize.passes import graph
+from latentize.passes.capture import Call, Recording, Value
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A constant tensor used inside a region, and the calls that use it together with activations."""
+
+    value: Value
+    calls: tuple[Call, ...]
+
+
+@dataclass(eq=False)
+class Head:
+    """A router: a projection of hidden states whose output decides a selection."""
+
+    recording: Recording
+    projection: graph.Projection
+    logits: Value
+    selections: list[Call]
+    dependent: set[Value]  # everything that depends on the logits
+
+    @property
+    def channels_first(self) -> bool:
+        """Whether the logits have the experts on axis 1."""
+        return self.projection.call.name == "convolution"
+
+    @property
+    def num_experts(self) -> int:
+        """Number of logits N a token has."""
+        return self.logits.shape[1] if self.channels_first else self.logits.shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens T in the recorded run."""
+        return self.logits.tensor.numel() // self.num_experts
+
+    def logit_rows(self) -> Tensor:
+        """Logits [T, N] of the recorded run."""
+        return graph.rows(self.logits.tensor, self.tokens, channels_first=self.channels_first)
+
+    def router_input_rows(self) -> Tensor:
+        """Hidden states [T, d] that the router read."""
+        return graph.rows(self.projection.activation.tensor, self.tokens, channels_first=self.channels_first)
+
+    def weight(self, constant: Tensor) -> Tensor:
+        """The router's weight as [N, d], from the constant operand of its projection."""
+        n = self.num_experts
+        if self.projection.call.name in {"linear", "convolution"}:
+            return constant.reshape(n, -1)
+        if self.projection.call.inputs and self.projection.call.name in {"mv", "addmv"}:
+            return constant.reshape(n, -1)
+        matrix = constant.reshape(constant.shape[-2:]) if constant.dim() > 2 else constant
+        return matrix.T if matrix.shape[-1] == n and not self._weight_first() else matrix
+
+    def _weight_first(self) -> bool:
+        """Whether the call is weight @ hidden.T."""
+        operands = [v for v in self.projection.call.inputs if v.tensor.dim() >= 2]
+        return operands[-2:][0] is self.projection.weight
+
+
+@dataclass(eq=False)
+class Region:
+    """A candidate for the routed path of one MoE."""
+
+    head: Head
+    hidden: Value  # what the experts read, width h
+    output: Value  # the routed output plus `rest`
+    rest: list[Value]  # terms of `output` that do not depend on the routing
+    width: int
+    leaves: list[Leaf]  # constants used with activations that come from `hidden`
+    routing_leaves: list[Leaf]  # constants used with the logits alone
+    calls: list[Call]  # every call between hidden, logits and output
+    fed: set[Value]  # everything that depends on hidden other than through the logits
+    output_channels_first: bool = False
+    hidden_channels_first: bool = False
+
+    def hidden_rows(self) -> Tensor:
+        """Hidden states [T, h] that the experts read."""
+        return graph.rows(self.hidden.tensor, self.head.tokens, channels_first=self.hidden_channels_first)
+
+    def routed_rows(self) -> Tensor:
+        """Routed output [T, h] of the recorded run, without the rest."""
+        first = self.output_channels_first
+        total = graph.rows(self.output.tensor, self.head.tokens, channels_first=first)
+        for term in self.rest:
+            total = total - graph.rows(term.tensor.expand_as(_like(term, self.output)), self.head.tokens, channels_first=first)
+        return total
+
+    def scalars(self) -> list[float]:
+        """Python numbers and one-element constants in the region, without repeats."""
+        found = {s for c in self.calls for s in c.scalars}
+        found |= {float(v.tensor) for c in self.calls for v in c.inputs if v.const and v.tensor.numel() == 1}
+        return sorted(found)
+
+
+def _like(term: Value, output: Value) -> Tensor:
+    return term.tensor if term.tensor.numel() == output.tensor.numel() else output.tensor
+
+
+def find_heads(recording: Recording) -> tuple[list[Head], list[str]]:
+    """Routers in a recording, and why selections that looked like one are not."""
+    by_projection: dict[Call, list[Call]] = {}
+    notes: list[str] = []
+    for call in recording.calls:
+        if call.name not in graph.SELECTIONS or not call.inputs or call.inputs[0].const:
+            continue
+        if not call.inputs[0].tensor.is_floating_point():
+            continue
+        found, mixing = graph.nearest_projections(call.inputs[0])
+        if mixing:
+            notes.append(f"{call.name} selects by products of activations (attention or retrieval), not by a router")
+        elif len(found) == 1:
+            by_projection.setdefault(found.pop(), []).append(call)
+        elif len(found) > 1:
+            notes.append(f"{call.name} selects by {len(found)} projections combined, not by one router")
+    heads = []
+    for call, selections in by_projection.items():
+        projection = graph.projection(call)
+        assert projection is not None
+        logits = call.outputs[0]
+        heads.append(Head(recording, projection, logits, selections, graph.forward_cone([logits])))
+    return heads, notes
+
+
+def regions(head: Head) -> Iterator[Region]:
+    """Candidate regions of a router, the one nearest to it first; which one is right is for the lift to prove."""
+    recording, dependent = head.recording, head.dependent
+    seen: set[Value] = set()
+    for end in recording.outputs:
+        if end not in dependent:
+            continue
+        relevant = dependent & graph.ancestors([end])
+        for output in graph.cuts(relevant, relevant):
+            if output in seen or not output.tensor.is_floating_point() or output.tensor.numel() % head.tokens:
+                continue
+            seen.add(output)
+            if output.call is not None and output.call.name in graph.RESHAPES and output.call.inputs[0] in seen:
+                continue
+            yield from _regions_at(head, output)
+
+
+def _regions_at(head: Head, output: Value) -> Iterator[Region]:
+    routed, rest = graph.terms(output, head.dependent)
+    if not routed or any(v.tensor.numel() not in (output.tensor.numel(), output.shape[-1]) for v in rest):
+        return
+    inside = graph.ancestors(routed, stop=lambda v: v is head.logits) | {output}
+    entering = {v for v in inside if not v.const and v not in head.dependent}
+    width = output.tensor.numel() // head.tokens
+    if width < 2:
+        return
+    relevant = entering | {v for v in inside if v in head.dependent and v is not head.logits}
+    candidates = [v for v in graph.cuts(relevant, entering) if _carries_tokens(v, output)]
+    router_base = graph.base(head.projection.activation)
+    candidates.sort(key=lambda v: (graph.base(v) is not router_base, -v.index))
+    tried: set[Value] = set()
+    for hidden in candidates:
+        if graph.base(hidden) in tried:
+            continue
+        tried.add(graph.base(hidden))
+        region = _build(head, hidden, output, rest, inside, width)
+        if region.leaves:
+            yield region
+
+
+def _carries_tokens(value: Value, output: Value) -> bool:
+    return value.tensor.is_floating_point() and value.tensor.numel() == output.tensor.numel()
+
+
+def _build(head: Head, hidden: Value, output: Value, rest: list[Value], inside: set[Value], width: int) -> Region:
+    fed = graph.forward_cone([hidden], stop=head.logits)
+    calls = sorted({c for v in inside if v.call is not None for c in [v.call]}, key=lambda c: c.index)
+    active = fed | head.dependent
+    calls = [c for c in calls if any(v in active for v in c.inputs) and head.logits not in c.outputs]
+    uses: dict[Value, list[Call]] = {}
+    for call in calls:
+        for value in call.inputs:
+            if value.const and value.tensor.is_floating_point() and value.tensor.numel() > 1 and _is_weight(value):
+                uses.setdefault(value, []).append(call)
+    leaves, routing = [], []
+    for value, users in uses.items():
+        alone = all(v in head.dependent or v.const for c in users for v in c.inputs)
+        small = value.tensor.numel() in (head.num_experts, 1)
+        (routing if alone and small and not any(_meets_hidden(c, fed) for c in users) else leaves).append(Leaf(value, tuple(users)))
+    return Region(
+        head, hidden, output, rest, width, leaves, routing, calls, fed,
+        output_channels_first=_channels_first(output, width), hidden_channels_first=_channels_first(hidden, width),
+    )  # fmt: skip
+
+
+def _meets_hidden(call: Call, fed: set[Value]) -> bool:
+    return any(v in fed for v in call.inputs)
+
+
+def _channels_first(value: Value, width: int) -> bool:
+    return value.tensor.dim() >= 3 and value.shape[-1] != width and value.shape[1] == width
+
+
+def _is_weight(value: Value) -> bool:
+    """Whether a constant comes from tensors that existed before the run."""
+    return any(v.call is None for v in graph.ancestors([value]))
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Whether every element is zero."""
+    return not bool(torch.count_nonzero(tensor))

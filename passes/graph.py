@@ -1,0 +1,166 @@
+"""Reading a recording's data flow: cones, cuts, terms of a sum, projections by constant weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from latentize.passes.capture import Call, Value
+
+#: Calls that select along an axis by size of score.
+SELECTIONS = frozenset({"topk", "sort", "argsort", "max", "argmax", "kthvalue"})
+#: Calls that contract one operand with another.
+CONTRACTIONS = frozenset(
+    {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "convolution", "_grouped_mm", "dot"}
+)
+#: Calls whose result holds the same numbers in the same order.
+RESHAPES = frozenset(
+    {"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "detach", "alias", "clone", "_to_copy",
+     "contiguous", "flatten", "unflatten", "lift_fresh", "_read_after_write"}
+)  # fmt: skip
+#: Calls that add their source operand onto their first operand at some positions.
+_ACCUMULATIONS = frozenset({"index_add", "scatter_add", "index_put", "scatter_reduce"})
+#: Calls that take only shape, dtype and device from their tensor operands.
+FACTORIES = frozenset(
+    {"zeros_like", "empty_like", "ones_like", "full_like", "new_zeros", "new_empty", "new_ones", "new_full", "arange",
+     "zeros", "empty", "ones", "full"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A contraction of activations with a constant matrix: rows @ weight.T (+ bias)."""
+
+    call: Call
+    activation: Value
+    weight: Value
+    bias: Value | None
+
+
+def forward_cone(start: Iterable[Value], stop: Value | None = None) -> set[Value]:
+    """Every value that depends on one of `start`, those included, by paths that do not pass `stop`."""
+    found = set(start)
+    stack = list(found)
+    while stack:
+        for call in stack.pop().users:
+            if call.name in FACTORIES:
+                continue
+            fresh = [v for v in call.outputs if v not in found and v is not stop]
+            found.update(fresh)
+            stack.extend(fresh)
+    return found
+
+
+def ancestors(end: Iterable[Value], stop: Callable[[Value], bool] = lambda _: False) -> set[Value]:
+    """Every value that `end` depends on, those included, not looking behind values for which `stop` holds."""
+    found = set(end)
+    stack = list(found)
+    while stack:
+        value = stack.pop()
+        if value.call is None or stop(value) or value.call.name in FACTORIES:
+            continue
+        fresh = [v for v in value.call.inputs if v not in found]
+        found.update(fresh)
+        stack.extend(fresh)
+    return found
+
+
+def cuts(relevant: set[Value], candidates: Iterable[Value]) -> list[Value]:
+    """The candidates through which everything computed before them in `relevant` must pass, earliest first."""
+    order = sorted(relevant, key=lambda v: v.index)
+    last_use = {v: max((o.index for c in v.users for o in c.outputs if o in relevant), default=0) for v in order}
+    wanted = set(candidates)
+    found = []
+    reach = 0
+    for value in order:
+        if value in wanted and reach <= value.index:
+            found.append(value)
+        reach = max(reach, last_use[value])
+    return found
+
+
+def base(value: Value) -> Value:
+    """The value that `value` is a reshape or copy of."""
+    while value.call is not None and value.call.name in RESHAPES:
+        source = value.call.inputs[0]
+        if source.tensor.numel() != value.tensor.numel():
+            break
+        value = source
+    return value
+
+
+def terms(value: Value, dependent: set[Value]) -> tuple[list[Value], list[Value]]:
+    """Split a sum: (terms that depend on the routing, terms that do not), through reshapes and accumulations."""
+    routed: list[Value] = []
+    rest: list[Value] = []
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if item not in dependent:
+            rest.append(item)
+            continue
+        call = item.call
+        if call is None:
+            routed.append(item)
+        elif call.name in RESHAPES and call.inputs[0].tensor.numel() == item.tensor.numel():
+            stack.append(call.inputs[0])
+        elif call.name == "add" and all(v.tensor.numel() == item.tensor.numel() for v in call.inputs):
+            stack.extend(call.inputs)
+        elif call.name in _ACCUMULATIONS and isinstance(call.args[0], Value):
+            stack.append(call.args[0])
+            routed.extend(v for v in call.inputs if v is not call.args[0])
+        else:
+            routed.append(item)
+    return routed, [v for v in rest if bool(v.tensor.count_nonzero())]
+
+
+def projection(call: Call) -> Projection | None:
+    """The call as a projection of activations by a constant matrix, if it is one."""
+    if call.name not in CONTRACTIONS:
+        return None
+    operands = [v for v in call.inputs if v.tensor.is_floating_point()]
+    bias = None
+    if call.name in {"addmm", "baddbmm", "addmv"}:
+        bias, operands = operands[0], operands[1:]
+    elif call.name in {"linear", "convolution"} and len(operands) > 2:
+        bias, operands = operands[2], operands[:2]
+    if len(operands) != 2 or (bias is not None and not bias.const):
+        return None
+    constant = [v for v in operands if v.const]
+    active = [v for v in operands if not v.const]
+    if len(constant) != 1 or constant[0].tensor.numel() < 2:
+        return None
+    return Projection(call, active[0], constant[0], bias)
+
+
+def nearest_projections(value: Value) -> tuple[set[Call], bool]:
+    """Projections behind `value` with no other contraction between, and whether a product of two activations was met."""
+    found: set[Call] = set()
+    mixing = False
+    seen = {value}
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        call = item.call
+        if call is None or item.const or call.name in FACTORIES:
+            continue
+        if call.name in CONTRACTIONS:
+            if projection(call) is None:
+                mixing = True
+            else:
+                found.add(call)
+            continue
+        for source in call.inputs:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return found, mixing
+
+
+def rows(tensor: torch.Tensor, tokens: int, *, channels_first: bool = False) -> torch.Tensor:
+    """The tensor as [tokens, width], tokens in order; `channels_first` when the width is axis 1."""
+    if channels_first and tensor.dim() >= 3:
+        tensor = tensor.movedim(1, -1)
+    return tensor.reshape(tokens, -1)

@@ -1,0 +1,143 @@
+"""Region -> `Binding`: a `MoESpec` as a function of the module's parameters, or the reason why the region is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from latentize.passes import graph
+from latentize.passes.capture import Recording
+from latentize.passes.detect import Head, Region, regions
+from latentize.passes.lift_experts import ExpertsFit, fit_experts
+from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
+from latentize.spec import ExpertsSpec, MoESpec
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A lifted region: the rule that was found, and where in the module each of its tensors comes from."""
+
+    region: Region
+    router: RouterFit
+    experts: ExpertsFit
+    latent: bool  # projections around the experts are there already
+
+    def spec(self, recording: Recording, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MoESpec:
+        """The spec with tensors evaluated from `state`, the module's parameters and buffers by name."""
+
+        def tensor(bound: object) -> Tensor:
+            value = bound.tensor(recording, state).detach()  # type: ignore[attr-defined]
+            return value if dtype is None else value.to(dtype)
+
+        router = replace(
+            self.router.rule,
+            weight=tensor(self.router.weight),
+            **{name: tensor(bound) for name, bound in self.router.tensors.items()},
+        )
+        experts = {name: tensor(bound) for name, bound in self.experts.bounds().items()}
+        identity = router.weight.shape[0] - self.experts.num_experts
+        return MoESpec(router, ExpertsSpec(**experts, activation=self.experts.activation, num_identity=identity))
+
+    @property
+    def separate_router_input(self) -> bool:
+        """Whether the router reads other hidden states than the experts."""
+        return graph.base(self.region.head.projection.activation) is not graph.base(self.region.hidden)
+
+
+def lift(head: Head) -> tuple[Binding | None, str]:
+    """The binding of a router's MoE, or the reason of the candidate that came nearest."""
+    reasons: list[tuple[int, str]] = []
+    for region in regions(head):
+        binding, progress, reason = _lift_region(region)
+        if binding is not None:
+            return binding, ""
+        reasons.append((progress, reason))
+    if not reasons:
+        return None, "a selection by a router was found, but no experts: no weights are used between it and an output"
+    return None, max(reasons, key=lambda r: r[0])[1]
+
+
+def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
+    best = (0, "its selected experts could not be found among the values it computes")
+    for indices in supports(region):
+        experts, reason = fit_experts(region, indices)
+        if experts is None:
+            best = max(best, (1, reason), key=lambda b: b[0])
+            continue
+        router, reason = fit_router(region, indices, experts.coefficients, "output")
+        if router is not None:
+            return Binding(region, router, experts, _is_latent(region)), 3, ""
+        best = (2, reason)
+    if best[0] >= 2:
+        return None, *best
+    for indices, experts in _weighted_inputs(region):
+        router, reason = fit_router(region, indices, experts.coefficients, "input")
+        if router is not None:
+            return Binding(region, router, experts, _is_latent(region)), 3, ""
+        best = (2, reason)
+    if best[0] >= 2:
+        return None, *best
+    found = _from_all_experts(region)
+    if found is not None:
+        indices, experts = found
+        router, reason = fit_router(region, indices, experts.coefficients, "output")
+        if router is not None:
+            return Binding(region, router, experts, _is_latent(region)), 3, ""
+        best = (2, reason)
+    return None, *best
+
+
+def _weighted_inputs(region: Region) -> Iterator[tuple[Tensor, ExpertsFit]]:
+    """Readings in which the routing weight multiplies an expert's input."""
+    for indices in supports(region):
+        for weights in carried_weights(region, indices):
+            experts, _ = fit_experts(region, indices, weights)
+            if experts is not None:
+                yield indices, experts
+
+
+def _from_all_experts(region: Region) -> tuple[Tensor, ExpertsFit] | None:
+    """Selected experts read off the weights that the routed output needs when every expert may take part."""
+    tokens, count = region.head.tokens, region.head.num_experts
+    if count >= region.width:
+        return None
+    everyone = torch.arange(count).expand(tokens, count)
+    experts, _ = fit_experts(region, everyone)
+    if experts is None:
+        return None
+    weights = experts.coefficients
+    used = weights.abs() > 1e-7 * weights.abs().amax(-1, keepdim=True)
+    k = int(used.sum(-1).max())
+    if not 1 <= k < count:
+        return None
+    order = weights.abs().topk(k, -1).indices
+    return order, replace(experts, coefficients=weights.gather(1, order))
+
+
+def _is_latent(region: Region) -> bool:
+    """Whether the experts read a projection of what the router reads, and their output is projected back."""
+    call = graph.base(region.hidden).call
+    if call is None:
+        return False
+    down = graph.projection(call)
+    if down is None or graph.base(down.activation) is not graph.base(region.head.projection.activation):
+        return False
+    width = region.head.router_input_rows().shape[1]
+    for user in _users_through_reshapes(region):
+        up = graph.projection(user)
+        if up is not None and user.outputs[0].tensor.numel() == region.head.tokens * width:
+            return True
+    return False
+
+
+def _users_through_reshapes(region: Region) -> Iterator[graph.Call]:
+    stack = [region.output]
+    while stack:
+        for call in stack.pop().users:
+            if call.name in graph.RESHAPES:
+                stack.extend(call.outputs)
+            else:
+                yield call

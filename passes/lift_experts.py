@@ -1,0 +1,312 @@
+"""What the experts of a region compute, found by trying every reading of its weights against its routed output.
+
+The routed output of a token is a weighted sum of its experts' outputs, so a reading is right when the output lies in their
+span, whatever the routing weights are. The weights that put it there are what the router must then be shown to produce.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentize.activations import FUNCTIONS, Activation
+from latentize.passes.detect import Region
+from latentize.passes.leaves import Bound, Role, groupings, readings, stack
+
+#: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
+FITS = 1e-5
+#: Bytes of gathered weights that one trial may hold.
+BUDGET = 256 << 20
+#: Names of calls that betray an activation, tried first when they occur.
+_HINTS = {
+    "silu": ("silu",), "gelu": ("gelu", "gelu_tanh"), "relu": ("relu", "relu_squared"), "sigmoid": ("silu", "sigmoid"),
+    "tanh": ("gelu_tanh", "tanh"), "leaky_relu": ("leaky_relu",), "elu": ("elu", "selu"), "mish": ("mish",),
+    "softplus": ("softplus", "mish"), "hardswish": ("hardswish",), "hardtanh": ("relu6",), "erf": ("gelu",),
+    "clamp": ("relu", "relu6", "relu_squared"), "clamp_min": ("relu", "relu_squared"), "threshold": ("relu",),
+    "hardtanh_": ("relu6",), "exp": ("silu", "sigmoid", "tanh", "elu"), "pow": ("relu_squared", "gelu_tanh"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertsFit:
+    """A reading of a region's weights that explains its routed output."""
+
+    gate: Bound | None
+    up: Bound
+    down: Bound
+    gate_bias: Bound | None
+    up_bias: Bound | None
+    down_bias: Bound | None
+    activation: Activation
+    num_experts: int
+    residual: float
+    coefficients: Tensor  # [T, k] weights that put the output in the span
+
+    def bounds(self) -> dict[str, Bound]:
+        """The tensors that are present, by their field of `ExpertsSpec`."""
+        names = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Weights and biases in canonical form, the activation still open."""
+
+    gate: Bound | None
+    up: Bound
+    down: Bound
+    gate_bias: Bound | None = None
+    up_bias: Bound | None = None
+    down_bias: Bound | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of the recorded run with the experts they selected. `weights` [T, k] when experts are weighted on the input."""
+
+    hidden: Tensor  # [T, h]
+    output: Tensor  # [T, h]
+    indices: Tensor  # [T, k]
+    weights: Tensor | None = None
+
+
+@torch.no_grad()
+def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) -> tuple[ExpertsFit | None, str]:
+    """The reading of the region's weights that explains its routed output, or the reason why none does.
+
+    Args:
+        region: the candidate.
+        indices: [T, k] experts that the tokens of the recorded run selected.
+        weights: [T, k] routing weights, when the experts are to be read as weighted on their input.
+
+    Returns:
+        The fit and "", or None and a reason with the best residual.
+    """
+    sample = Sample(region.hidden_rows(), region.routed_rows(), indices, weights)
+    if not torch.isfinite(sample.output).all():
+        return None, "its routed output is not finite"
+    best = (float("inf"), "")
+    grouped = list(groupings(region))
+    for found in grouped:
+        for count in _expert_counts(found, region):
+            for reading in _readings(found, count, region.width):
+                for activation, residual, coefficients in _try(reading, sample, region, count):
+                    if residual < FITS:
+                        return ExpertsFit(*_parts(reading), activation, count, residual, coefficients), ""
+                    best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
+    if best[0] == float("inf"):
+        return None, _misfit(grouped, region)
+    return None, (
+        "its routed output is not a weighted sum of the selected experts' outputs: "
+        f"{best[1]} leaves relative error {best[0]:.1e}"
+    )
+
+
+def _parts(reading: _Reading) -> tuple[Bound | None, Bound, Bound, Bound | None, Bound | None, Bound | None]:
+    return reading.gate, reading.up, reading.down, reading.gate_bias, reading.up_bias, reading.down_bias
+
+
+def _misfit(grouped: list[list[Role]], region: Region) -> str:
+    """Why no reading could be tried at all."""
+    count = len(region.leaves)
+    if not grouped:
+        return f"its {count} weight tensors do not repeat one structure over {region.head.num_experts} experts"
+    weights = sum(role.kind == "weight" for role in grouped[0])
+    if weights < 2:
+        return f"its experts have {weights} kinds of weights where at least two (up and down) are needed"
+    shapes = sorted({tuple(leaf.value.shape) for leaf in region.leaves})
+    return f"shapes {shapes} do not read as gate, up and down of {region.head.num_experts} experts of width {region.width}"
+
+
+def _expert_counts(found: list[Role], region: Region) -> list[int]:
+    """Numbers of real experts worth trying: as many as logits, as listed, or as a leading axis says."""
+    listed = {len(role.members) for role in found if not role.stacked}
+    if listed:
+        return sorted(listed)
+    routed = region.head.num_experts
+    leading = {role.members[0].value.shape[0] for role in found if role.kind == "weight"}
+    return [routed, *sorted(n for n in leading if 1 < n < routed)]
+
+
+def _shape(role: Role) -> torch.Size:
+    first = role.members[0].value.shape
+    return first if role.stacked else torch.Size((len(role.members), *first))
+
+
+def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]:
+    """Every way to read the roles as gate, up, down and their biases."""
+    weights = [role for role in found if role.kind == "weight"]
+    biases = [role for role in found if role.kind == "bias"]
+    last = max(role.level for role in weights)
+    downs = [role for role in weights if role.level == last] if last else weights
+    for down_role in downs:
+        firsts = [role for role in weights if role is not down_role]
+        if len(firsts) > 2:
+            continue
+        neurons, remainder = divmod(_shape(down_role).numel(), experts * width)
+        if remainder or not neurons:
+            continue
+        for down in readings(stack(down_role), _shape(down_role), (experts, width, neurons)):
+            for gate, up in _firsts(firsts, experts, neurons, width):
+                yield from _with_biases(_Reading(gate, up, down), biases, experts, neurons, width)
+
+
+def _firsts(firsts: list[Role], experts: int, neurons: int, width: int) -> Iterator[tuple[Bound | None, Bound]]:
+    wanted = (experts, neurons, width)
+    if len(firsts) == 2:
+        one, two = firsts
+        for a, b in itertools.product(
+            readings(stack(one), _shape(one), wanted), readings(stack(two), _shape(two), wanted)
+        ):
+            yield a, b
+            yield b, a
+        return
+    (role,) = firsts
+    yield from ((None, up) for up in readings(stack(role), _shape(role), wanted))
+    for fused in readings(stack(role), _shape(role), (experts, 2, neurons, width)):
+        first, second = fused.then(lambda t: t[:, 0]), fused.then(lambda t: t[:, 1])
+        yield first, second
+        yield second, first
+
+
+def _with_biases(reading: _Reading, biases: list[Role], experts: int, neurons: int, width: int) -> Iterator[_Reading]:
+    """The reading with every assignment of the bias leaves that shapes allow."""
+    if not biases:
+        yield reading
+        return
+    options = [_bias_options(role, reading, experts, neurons, width) for role in biases]
+    for combination in itertools.product(*options):
+        fields = [name for part in combination for name in part]
+        if len(fields) == len(set(fields)):
+            merged = {name: bound for part in combination for name, bound in part.items()}
+            yield _Reading(reading.gate, reading.up, reading.down, **merged)
+
+
+def _bias_options(role: Role, reading: _Reading, experts: int, neurons: int, width: int) -> list[dict[str, Bound]]:
+    bound, shape = stack(role), _shape(role)
+    options: list[dict[str, Bound]] = []
+    if reading.gate is not None:
+        for pair in readings(bound, shape, (experts, 2, neurons)):
+            one, two = pair.then(lambda t: t[:, 0]), pair.then(lambda t: t[:, 1])
+            options += [{"gate_bias": one, "up_bias": two}, {"gate_bias": two, "up_bias": one}]
+        options += [{"gate_bias": b} for b in readings(bound, shape, (experts, neurons))]
+    options += [{"up_bias": b} for b in readings(bound, shape, (experts, neurons))]
+    options += [{"down_bias": b} for b in readings(bound, shape, (experts, width))]
+    return options
+
+
+def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Iterator[tuple[Activation, float, Tensor]]:
+    """Residual of the routed output under every plausible activation of one reading."""
+    tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
+    first = tensors["up"]
+    per_pair = sum(t[0].numel() for t in tensors.values()) * 8
+    few = max(2, min(12, len(sample.hidden), BUDGET // max(1, per_pair * sample.indices.shape[1])))
+    chosen = torch.linspace(0, len(sample.hidden) - 1, few).long()
+    small = Sample(
+        sample.hidden[chosen], sample.output[chosen], sample.indices[chosen],
+        None if sample.weights is None else sample.weights[chosen],
+    )  # fmt: skip
+    gate, up = _preactivations(tensors, small, experts)
+    for activation in _activations(region, gated=reading.gate is not None):
+        residual, _ = _span(_outputs(tensors, activation, gate, up, small, experts), small)
+        if residual < FITS:
+            coefficients = []
+            worst = 0.0
+            for part in torch.arange(len(sample.hidden)).split(max(1, few)):
+                piece = Sample(
+                    sample.hidden[part], sample.output[part], sample.indices[part],
+                    None if sample.weights is None else sample.weights[part],
+                )  # fmt: skip
+                g, u = _preactivations(tensors, piece, experts)
+                error, found = _span(_outputs(tensors, activation, g, u, piece, experts), piece)
+                worst = max(worst, error)
+                coefficients.append(found)
+            yield activation, worst, torch.cat(coefficients)
+        else:
+            yield activation, residual, first.new_zeros(0)
+
+
+_FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) -> tuple[Tensor | None, Tensor]:
+    index = sample.indices.clamp(max=experts - 1)
+    x = sample.hidden.unsqueeze(1).expand(-1, index.shape[1], -1)
+    if sample.weights is not None:
+        x = x * sample.weights.unsqueeze(-1)
+
+    def linear(name: str) -> Tensor | None:
+        if name not in tensors:
+            return None
+        out = torch.einsum("tkmh,tkh->tkm", tensors[name][index], x)
+        return out + tensors[f"{name}_bias"][index] if f"{name}_bias" in tensors else out
+
+    up = linear("up")
+    assert up is not None
+    return linear("gate"), up
+
+
+def _outputs(
+    tensors: dict[str, Tensor], activation: Activation, gate: Tensor | None, up: Tensor, sample: Sample, experts: int
+) -> Tensor:
+    """Outputs [T, k, h] of the selected experts; identity experts return the hidden states."""
+    index = sample.indices.clamp(max=experts - 1)
+    out = torch.einsum("tkhm,tkm->tkh", tensors["down"][index], activation(gate, up))
+    if "down_bias" in tensors:
+        out = out + tensors["down_bias"][index]
+    identity = (sample.indices >= experts).unsqueeze(-1)
+    return torch.where(identity, sample.hidden.unsqueeze(1), out) if bool(identity.any()) else out
+
+
+def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
+    """Largest relative distance of a token's output from the span of its experts' outputs, and the weights [T, k]."""
+    if not torch.isfinite(outputs).all():
+        return float("inf"), outputs.new_zeros(outputs.shape[:2])
+    if sample.weights is not None:
+        difference = outputs.sum(1) - sample.output
+        coefficients = sample.weights
+    else:
+        basis = outputs.mT.double()
+        target = sample.output.double().unsqueeze(-1)
+        size = basis.norm(dim=-2, keepdim=True).clamp_min(1e-300)
+        solution = torch.linalg.lstsq(basis / size, target, driver="gelsd").solution
+        difference = ((basis / size) @ solution - target).squeeze(-1)
+        coefficients = (solution / size.mT).squeeze(-1)
+    scale = sample.output.double().norm(dim=-1)
+    error = difference.double().norm(dim=-1) / scale.clamp_min(1e-12 * float(scale.max()) + 1e-300)
+    return float(error.max().detach()), coefficients
+
+
+def _activations(region: Region, *, gated: bool) -> Iterator[Activation]:
+    """Activations worth trying, those that the region's calls hint at first, with limits from the numbers it uses."""
+    names = {call.name for call in region.calls}
+    hinted = [name for key, hints in _HINTS.items() if key in names for name in hints]
+    ordered = list(dict.fromkeys([*hinted, *FUNCTIONS]))
+    limits = sorted({abs(s) for c in region.calls if c.name in {"clamp", "clamp_max", "clamp_min", "minimum", "maximum", "hardtanh"}
+                     for s in [*c.scalars, *_small_constants(c)] if s})  # fmt: skip
+    slopes = [s for s in region.scalars() if 0.1 < s < 10 and s != 1.0] if "sigmoid" in names else []
+    offsets = (0.0, 1.0) if gated and names & {"add", "add_"} else (0.0,)
+    for name in ordered:
+        for alpha in [1.0, *slopes] if name == "silu" else [1.0]:
+            for offset in offsets:
+                yield Activation(name, alpha, up_offset=offset)
+                for limit in limits:
+                    yield from _limited(name, alpha, offset, limit, gated=gated)
+
+
+def _small_constants(call: object) -> list[float]:
+    inputs = getattr(call, "inputs", [])
+    return [float(v.tensor) for v in inputs if v.const and v.tensor.numel() == 1]
+
+
+def _limited(name: str, alpha: float, offset: float, limit: float, *, gated: bool) -> Iterator[Activation]:
+    gates = ((None, limit), (-limit, limit)) if gated else ((None, limit), (-limit, limit), (-limit, None))
+    ups = ((-limit, limit), (None, None), (None, limit)) if gated else ((None, None),)
+    for (low, high), (up_low, up_high) in itertools.product(gates, ups):
+        yield Activation(name, alpha, low, high, up_low, up_high, offset)
+    if gated:
+        yield Activation(name, alpha, None, None, -limit, limit, offset)

@@ -1,0 +1,258 @@
+"""Which routing function turns a region's logits into the weights that its routed output was found to need."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from latentize.passes import graph
+from latentize.passes.detect import Region
+from latentize.passes.leaves import Bound
+from latentize.routing import normalize, score, selection_scores
+from latentize.spec import Groups, RouterSpec
+
+#: Relative error of the routing weights below which a rule is taken for a hypothesis; routers often compute in fp32.
+FITS = 2e-5
+#: Selections closer than this are ties, decided by rounding.
+TIE = 1e-6
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """A routing rule that reproduces the selection and the weights, with the tensors it reads."""
+
+    rule: RouterSpec  # without tensors
+    weight: Bound
+    tensors: dict[str, Bound]  # bias, selection_bias, per_expert_scale where present
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the rule has to reproduce: selected experts as a mask [T, N] and their weights [T, N], zero elsewhere."""
+
+    logits: Tensor
+    selected: Tensor
+    weights: Tensor
+    top_k: int
+
+
+@torch.no_grad()
+def fit_router(region: Region, indices: Tensor, weights: Tensor, applies_to: str) -> tuple[RouterFit | None, str]:
+    """The routing rule behind the weights, or the reason why none fits.
+
+    Args:
+        region: the candidate.
+        indices: [T, k] selected experts.
+        weights: [T, k] weights the routed output needs.
+        applies_to: "output" or "input".
+    """
+    logits = region.head.logit_rows().double()
+    count = logits.shape[1]
+    if not 1 <= indices.shape[1] < count:
+        return None, f"it selects {indices.shape[1]} of {count} experts: nothing is routed"
+    selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()
+    dense = torch.zeros_like(logits).scatter(1, indices, weights.double())
+    target = _Target(logits, selected, dense, indices.shape[1])
+    reason = "its selection is not the top-k of any supported score of its logits"
+    for rule, bounds in _selection_rules(region, target):
+        capped = _capped(target.logits, rule)
+        if not _selects(rule, capped, target):
+            continue
+        reason = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
+        for weighing in _weighings(region, rule, target.top_k):
+            scale = _scale(weighing, capped, target, region)
+            if scale is not None:
+                head = region.head
+                factor = bounds.pop("", None)
+                weight = Bound((head.projection.weight,), lambda t: t[0]).then(head.weight)
+                tensors = dict(bounds)
+                if head.projection.bias is not None:
+                    tensors["bias"] = _joined_bias(head.projection.bias, tensors.get("bias"), count)
+                assert factor is None
+                found = replace(weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None, bias=None)  # type: ignore[arg-type]
+                return RouterFit(found, weight, tensors), ""
+    return None, reason
+
+
+def _joined_bias(projected: object, added: Bound | None, count: int) -> Bound:
+    first = Bound((projected,), lambda t: t[0].reshape(count))  # type: ignore[arg-type]
+    if added is None:
+        return first
+    return Bound(first.values + added.values, lambda t: first.build(t[:1]) + added.build(t[1:]))
+
+
+def _vector(value: Tensor, count: int) -> Tensor:
+    return value.reshape(-1).expand(count) if value.numel() == 1 else value.reshape(count)
+
+
+_PARTS = ("selection_bias", "selection_bias_logit", "bias", "per_expert_scale", "")
+
+
+def _selection_rules(region: Region, target: _Target) -> Iterator[tuple[RouterSpec, dict[str, Bound]]]:
+    """Every rule of selection worth trying, plain ones first; its leaves are given parts in every way."""
+    count = target.logits.shape[1]
+    leaves = [leaf for leaf in region.routing_leaves if leaf.value.tensor.numel() in (1, count)]
+    names = {call.name for call in region.calls}
+    caps: list[float | None] = [None]
+    if "tanh" in names:
+        caps = [*(s for s in region.scalars() if s > 0), None]
+    orders = ["topk_first", "score_first"] if _softmax_over_selected(region, target.top_k) else ["score_first", "topk_first"]
+    scores = ("softmax", "sigmoid", "sqrt_softplus")
+    groupings: list[Groups | None] = [None, *_groups(region, target)]
+    for parts in itertools.product(_PARTS, repeat=len(leaves)):
+        named = [p.removesuffix("_logit") for p in parts if p]
+        if len(named) != len(set(named)):
+            continue
+        bounds = {
+            part.removesuffix("_logit"): Bound((leaf.value,), lambda t: _vector(t[0], count))
+            for part, leaf in zip(parts, leaves, strict=True)
+            if part
+        }
+        tensors = {name: bound.recorded().double() for name, bound in bounds.items()}
+        for cap, group, order, kind in itertools.product(caps, groupings, orders, scores):
+            on = "logit" if "selection_bias_logit" in parts else "score"
+            if order == "topk_first" and on == "score" and "selection_bias" in bounds:
+                continue
+            rule = RouterSpec(
+                torch.empty(0), target.top_k, softcap=cap, score=kind, order=order, groups=group,  # type: ignore[arg-type]
+                selection_bias_on=on, **tensors,  # type: ignore[arg-type]
+            )  # fmt: skip
+            yield rule, dict(bounds)
+
+
+def _softmax_over_selected(region: Region, top_k: int) -> bool:
+    return any(c.name in {"_softmax", "softmax"} and c.outputs and c.outputs[0].shape[-1:] == (top_k,) for c in region.calls)
+
+
+def _groups(region: Region, target: _Target) -> Iterator[Groups]:
+    """Group-limited selections that the shapes in the region allow."""
+    tokens, count = target.logits.shape
+    if len(region.head.selections) < 2 and not any(c.name in {"amax", "topk"} for c in region.calls):
+        return
+    seen = {v.shape for c in region.calls for v in c.outputs if v in region.head.dependent}
+    sizes = sorted({s[-2] for s in seen if len(s) >= 3 and s[-2] * s[-1] == count and 1 < s[-2] < count})
+    for size in sizes:
+        kept = {s[-1] for s in seen if len(s) >= 2 and s.numel() == tokens * s[-1] and 1 <= s[-1] < size}
+        for keep, kind, fill in itertools.product(sorted(kept), ("top2", "max"), ("-inf", "zero")):
+            yield Groups(size, keep, kind, fill)  # type: ignore[arg-type]
+
+
+def _capped(logits: Tensor, rule: RouterSpec) -> Tensor:
+    biased = logits if rule.bias is None else logits + rule.bias
+    return biased if rule.softcap is None else rule.softcap * torch.tanh(biased / rule.softcap)
+
+
+def _selects(rule: RouterSpec, logits: Tensor, target: _Target) -> bool:
+    scores = logits if rule.order == "topk_first" else score(logits, rule.score)
+    if rule.groups is not None and rule.groups.kept * (logits.shape[1] // rule.groups.count) < rule.top_k:
+        return False
+    choice = selection_scores(logits, scores, rule)
+    ranked = choice.sort(-1, descending=True)
+    gap = ranked.values[:, rule.top_k - 1] - ranked.values[:, rule.top_k]
+    clear = (gap > TIE) & ~_group_ties(choice, scores, rule)
+    chosen = torch.zeros_like(choice).scatter(1, ranked.indices[:, : rule.top_k], 1.0).bool()
+    wrong = (chosen != target.selected).any(-1) & clear
+    return bool(clear.any()) and not bool(wrong.any())
+
+
+def _group_ties(choice: Tensor, scores: Tensor, rule: RouterSpec) -> Tensor:
+    if rule.groups is None:
+        return torch.zeros(len(choice), dtype=torch.bool)
+    plain = scores if rule.selection_bias is None else scores + rule.selection_bias
+    grouped = plain.unflatten(-1, (rule.groups.count, -1))
+    totals = grouped.amax(-1) if rule.groups.score == "max" else grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    ranked = totals.sort(-1, descending=True).values
+    return (ranked[:, rule.groups.kept - 1] - ranked[:, rule.groups.kept]) < TIE
+
+
+def _weighings(region: Region, rule: RouterSpec, top_k: int) -> Iterator[RouterSpec]:
+    """The rule with every normalisation that the region's calls suggest, hinted ones first."""
+    tokens = region.head.tokens
+    sums = [c for c in region.calls if c.outputs and c.outputs[0].tensor.numel() == tokens]
+    added = sorted({s for c in sums if c.name == "add" for s in c.scalars if 0 < s < 0.1})
+    clamped = sorted({s for c in sums if c.name in {"clamp", "clamp_min", "maximum"} for s in c.scalars if 0 < s < 0.5})
+    norms = {s for c in region.calls if "norm" in c.name for s in c.scalars if s > 1}
+    if rule.order == "score_first" or rule.score != "softmax":
+        yield from (replace(rule, normalize="sum", eps=eps) for eps in added)
+        yield from (replace(rule, normalize="clamp", eps=eps) for eps in clamped)
+        yield replace(rule, normalize="sum")
+        yield from (replace(rule, normalize="norm", p=p) for p in sorted({2.0, *norms}))
+    yield rule
+
+
+def _scale(rule: RouterSpec, logits: Tensor, target: _Target, region: Region) -> float | None:
+    """The factor that makes the rule's weights the target's, or None when no factor does."""
+    indices = target.selected.double().topk(rule.top_k, -1).indices
+    values = (logits if rule.order == "topk_first" else score(logits, rule.score)).gather(1, indices)
+    if rule.order == "topk_first":
+        values = score(values, rule.score)
+    weights = normalize(values, rule)
+    if rule.per_expert_scale is not None:
+        weights = weights * rule.per_expert_scale[indices]
+    wanted = target.weights.gather(1, indices)
+    size = float(weights.square().sum())
+    if not size > 0 or not torch.isfinite(weights).all():
+        return None
+    scale = float((weights * wanted).sum()) / size
+    snapped = min([1.0, *(s for s in region.scalars() if s)], key=lambda s: abs(s - scale))
+    if abs(snapped - scale) <= FITS * abs(scale):
+        scale = snapped
+    error = (weights * scale - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)
+    return scale if float(error.max()) <= FITS else None
+
+
+def supports(region: Region) -> Iterator[Tensor]:
+    """Candidates for the selected experts [T, k] of the recorded run: integer tensors computed from the logits."""
+    head = region.head
+    tokens, count = head.tokens, head.num_experts
+    seen: set[tuple[tuple[int, ...], bytes]] = set()
+    firsts: list[Tensor] = []
+    for call in sorted({c for v in head.dependent for c in [v.call] if c is not None}, key=lambda c: c.index):
+        for value in call.outputs:
+            found = _as_indices(value.tensor, tokens, count, channels_first=head.channels_first)
+            if found is None:
+                continue
+            if found.shape[1] == 1 and call.name in graph.SELECTIONS:
+                firsts.append(found)
+            key = (tuple(found.shape), found.sort(-1).values.numpy().tobytes())
+            if key not in seen:
+                seen.add(key)
+                yield found
+    if len(firsts) > 1:
+        joined = torch.cat(firsts, 1)
+        if all(len(set(row)) == len(row) for row in joined.tolist()):
+            yield joined
+
+
+def _as_indices(tensor: Tensor, tokens: int, count: int, *, channels_first: bool) -> Tensor | None:
+    if tensor.dtype not in (torch.int64, torch.int32) or not tensor.numel() or tensor.numel() % tokens:
+        return None
+    k = tensor.numel() // tokens
+    if k >= count or tensor.dim() == 0:
+        return None
+    if channels_first and tensor.dim() == 4:
+        tensor = tensor.movedim(1, -1)
+    rows = tensor.reshape(tokens, k).long()
+    if int(rows.min()) < 0 or int(rows.max()) >= count:
+        return None
+    ordered = rows.sort(-1).values
+    return None if k > 1 and bool((ordered[:, 1:] == ordered[:, :-1]).any()) else rows
+
+
+def carried_weights(region: Region, indices: Tensor) -> Iterator[Tensor]:
+    """Candidates for the routing weights [T, k] of the recorded run: floating tensors computed from the logits alone."""
+    head = region.head
+    tokens, k = indices.shape
+    count = head.num_experts
+    for value in sorted(head.dependent - region.fed, key=lambda v: v.index):
+        tensor = value.tensor
+        if not tensor.is_floating_point() or tensor.numel() not in (tokens * k, tokens * count):
+            continue
+        if tensor.numel() == tokens * k and tensor.shape[0] in (tokens, tensor.numel()):
+            yield tensor.reshape(tokens, k)
+        elif tensor.numel() == tokens * count and tensor.shape[-1] == count:
+            yield tensor.reshape(tokens, count).gather(1, indices)
