@@ -1,0 +1,148 @@
+"""Heal a rewritten model: teach it what its original computes, block by block, then end to end.
+
+Trained are the routers and the latent blocks alone. What is kept is the best that was measured on held-out batches, so
+a healed model is never worse there than the one healing started from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from latentize.compare import block_errors
+from latentize.distill import OutputLoss
+from latentize.errors import LatentizeError
+from latentize.heal_blocks import heal_blocks
+from latentize.heal_job import Job, State, split_batches
+from latentize.heal_model import heal_model
+from latentize.heal_plan import BlockHealing, HealPlan, HealReport
+from latentize.heal_state import Checkpoint, Trainables, training_room
+from latentize.inputs import Batch
+from latentize.load_balance import ExpertLoad, expert_load
+from latentize.moe import LatentMoE
+from latentize.progress import Progress, silent
+
+__all__ = ["BlockHealing", "HealPlan", "HealReport", "heal"]
+
+
+def heal(
+    student: nn.Module,
+    teacher: nn.Module,
+    student_blocks: Mapping[str, LatentMoE],
+    teacher_blocks: Mapping[str, LatentMoE],
+    calibration: Sequence[Batch],
+    *,
+    steps: HealPlan,
+    seed: int = 0,
+    progress: Progress | None = None,
+    checkpoint: Path | None = None,
+) -> HealReport:
+    """Train the blocks of `student` in place until its output is as close to that of `teacher` as it gets.
+
+    Args:
+        student: the rewritten model; what it shares with `teacher` is not touched.
+        teacher: the original model with its blocks in canonical form.
+        student_blocks, teacher_blocks: the same names -> the blocks inside `student` and `teacher`.
+        calibration: batches, tuples of args or dicts of kwargs. Some are held out; a single batch is both trained on
+            and measured on, which a note of the report says.
+        steps: how long to heal.
+        seed: decides the order of batches and tokens; the caller's random state is left alone.
+        progress: called after every step with the steps done and their total over both stages.
+        checkpoint: a folder. The state is saved there now and then; called again with the same arguments after an
+            interruption, healing goes on from it and ends with the same weights.
+
+    Raises:
+        LatentizeError: no batch, blocks that do not match, or a checkpoint of another job.
+        ResourceError: out of memory or disk.
+    """
+    _check(student_blocks, teacher_blocks, calibration)
+    train, held_out, notes = split_batches(calibration, steps)
+    with training_room(seed, student, teacher):
+        trainables = Trainables(student_blocks, teacher)
+        loss = OutputLoss.of(teacher, held_out[0])
+        fingerprint = {
+            "seed": seed,
+            "plan": {k: v for k, v in asdict(steps).items() if k != "save_seconds"},
+            "batches": len(calibration),
+            "parameters": trainables.shapes(),
+        }
+        job = Job(
+            student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
+            progress or silent, Checkpoint(checkpoint, fingerprint), notes,
+        )  # fmt: skip
+        return _run(job)
+
+
+def _run(job: Job) -> HealReport:
+    saved = job.checkpoint.load()
+    state = job.resume(saved) if saved is not None else job.begin(job.measure()[0], _errors(job), _loads(job))
+    if state.stage == "blocks":
+        heal_blocks(job, state)
+        _keep_better_start(job, state)
+        state.errors_after_blocks = _errors(job)
+        state.enter("model")
+        job.save(state)
+    if state.stage == "model":
+        heal_model(job, state)
+        state.enter("done")
+    errors, loads = _errors(job), _loads(job)
+    job.save(state)
+    blocks = {
+        name: BlockHealing(
+            state.errors_before[name],
+            state.errors_after_blocks[name],
+            errors[name],
+            ExpertLoad.of(state.loads_before[name], state.load_tokens[name]),
+            loads[name],
+        )
+        for name in job.student_blocks
+    }
+    return HealReport(
+        blocks=blocks,
+        loss_kind=job.loss.kind,
+        loss_before=state.loss_before,
+        loss_after_blocks=state.loss_after_blocks,
+        loss_after=state.best_loss,
+        block_steps=state.block_steps,
+        model_steps=state.model_steps,
+        early_stopped=state.early_stopped,
+        seconds=state.seconds,
+        curve=tuple((int(s), float(v)) for s, v in state.curve),
+        held_out_curve=tuple((int(s), float(v)) for s, v in state.held_out_curve),
+        notes=tuple(job.notes + state.notes),
+    )
+
+
+def _errors(job: Job) -> dict[str, float]:
+    return block_errors(job.teacher_blocks, job.student_blocks, job.teacher, job.held_out)
+
+
+def _loads(job: Job) -> dict[str, ExpertLoad]:
+    return expert_load(job.student, job.student_blocks, job.held_out)
+
+
+def _keep_better_start(job: Job, state: State) -> None:
+    """End-to-end healing starts from the block-wise result only where that is closer to the teacher as a whole."""
+    loss, starved = job.measure()
+    if job.better(loss, starved, state):
+        state.best, state.best_loss, state.best_starved = job.trainables.snapshot(), loss, starved
+    elif state.block_steps:
+        job.trainables.restore(state.best)
+        state.notes.append(
+            "block-wise healing brought the model's output no closer to the original's "
+            f"({state.loss_before:.4g} -> {loss:.4g}) and was undone"
+        )
+    state.loss_after_blocks = state.best_loss
+
+
+def _check(
+    student_blocks: Mapping[str, LatentMoE], teacher_blocks: Mapping[str, LatentMoE], calibration: Sequence[Batch]
+) -> None:
+    if not len(calibration):
+        raise LatentizeError("healing: no calibration batch was given; give at least one, or set heal_steps to 0")
+    if set(student_blocks) != set(teacher_blocks):
+        odd = sorted(set(student_blocks) ^ set(teacher_blocks))
+        raise LatentizeError(f"healing: blocks {', '.join(odd)} are in only one of the two models; pass the same names")

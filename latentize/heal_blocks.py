@@ -1,0 +1,165 @@
+"""The first stage of healing: every block learns its original's routed output on the original's own inputs.
+
+The teacher is run a few batches at a time, as many as the bound on kept activations allows, and all blocks take their
+steps on those before the next ones are read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentize.heal_job import Job, State, cosine, is_evaluation
+from latentize.heal_load import RoutingTap, count, follow, pressure
+from latentize.inputs import Batch, Inputs
+from latentize.moe import LatentMoE
+
+#: At most so many held-out tokens a block are measured on.
+_HELD_OUT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What went into one block and came out of its routed path, over T tokens."""
+
+    inputs: tuple[Tensor, ...]  # hidden [T, d], and what the router read [T, d] where that is another tensor
+    output: Tensor  # [T, d]
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def at(self, rows: Tensor) -> Activations:
+        """Some of the tokens."""
+        return Activations(tuple(t[rows] for t in self.inputs), self.output[rows])
+
+
+def heal_blocks(job: Job, state: State) -> None:
+    """Train every block on the teacher's activations; each keeps the weights that did best on held-out tokens."""
+    plan = job.plan
+    if not plan.block_steps:
+        return
+    held_out, _ = collect(job, job.held_out, lambda tokens: tokens >= _HELD_OUT_TOKENS)
+    if not state.block_best:
+        state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out)
+    optimizer = job.optimizer(plan.block_rate, state.optimizer)
+    while state.block_steps < plan.block_steps and state.stale < plan.patience:
+        wanted = (plan.block_steps - state.block_steps) * plan.block_tokens
+        limit = min(wanted, max(plan.block_tokens, plan.activation_bytes // _token_bytes(job)))
+        read = state.cursor
+        stream = (job.train_batch(i) for i in range(read, read + len(job.train)))
+        chunk, batches = collect(job, stream, lambda tokens: tokens >= limit)  # noqa: B023 - used at once
+        state.cursor += batches
+        tokens = max((len(a) for a in chunk.values()), default=0)
+        if not tokens:
+            job.notes.append("no block was reached by the calibration batches: nothing to heal block-wise")
+            return
+        steps = min(max(1, tokens // plan.block_tokens), plan.block_steps - state.block_steps)
+        order = job.generator(1, read)
+        pieces = {name: torch.randperm(len(a), generator=order).tensor_split(steps) for name, a in chunk.items()}
+        for step in range(steps):
+            tokens_now = {name: chunk[name].at(rows[step]) for name, rows in pieces.items() if len(rows[step])}
+            _step(job, state, optimizer, tokens_now)
+            state.block_steps += 1
+            if is_evaluation(state.block_steps, plan.block_steps, plan.evaluations):
+                _keep_best(job, state, _errors(job, held_out))
+            note = f"block-wise, largest block error {max(state.block_best_errors.values(), default=0.0):.4f}"
+            job.after_step(state, optimizer, note, resumable=step == steps - 1)
+    job.trainables.restore(state.block_best)
+
+
+def collect(job: Job, batches: Iterable[Batch], enough: Callable[[int], bool]) -> tuple[dict[str, Activations], int]:
+    """The teacher's activations at every block over `batches`, until `enough(tokens)`; and the batches that took."""
+    kept: dict[str, list[Activations]] = {name: [] for name in job.teacher_blocks}
+
+    def watch(name: str) -> Any:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+            values = [*args, *kwargs.values()]  # hidden, and perhaps router_hidden
+            inputs = tuple(v.detach().reshape(-1, v.shape[-1]) for v in values if isinstance(v, Tensor))
+            kept[name].append(Activations(inputs, output.detach().reshape(-1, output.shape[-1])))
+
+        return keep
+
+    handles = [b.register_forward_hook(watch(n), with_kwargs=True) for n, b in job.teacher_blocks.items()]
+    used = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                Inputs.of(batch).call(job.teacher)
+                used += 1
+                if enough(max(sum(len(a) for a in parts) for parts in kept.values())):
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _joined(parts) for name, parts in kept.items() if parts}, used
+
+
+def _joined(parts: list[Activations]) -> Activations:
+    inputs = tuple(torch.cat(column) for column in zip(*(p.inputs for p in parts), strict=True))
+    return Activations(inputs, torch.cat([p.output for p in parts]))
+
+
+def _token_bytes(job: Job) -> int:
+    """Bytes that one token's activations take over all blocks: an input and an output of width d each."""
+    total = 0
+    for block in job.teacher_blocks.values():
+        spec = block.spec
+        total += 2 * spec.hidden_size * spec.experts.up.element_size()
+    return max(1, total)
+
+
+def _step(job: Job, state: State, optimizer: torch.optim.Optimizer, tokens: Mapping[str, Activations]) -> None:
+    """One step of all blocks; a block whose loss or gradient is not finite sits it out."""
+    gradients: list[Tensor | None] = [None] * len(job.trainables.parameters)
+    with RoutingTap(job.student_blocks) as tap:
+        for name, activations in tokens.items():
+            block = job.student_blocks[name]
+            wrong, whole = squared_error(block, activations)
+            loss = wrong / whole.clamp_min(1e-30)
+            routings = tap.take()[name]
+            for routing in routings:
+                push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
+                if push is not None:
+                    loss = loss + loss.detach() * push
+            state.shares[name] = follow(state.shares[name], count(routings, len(state.shares[name])))
+            places = job.trainables.of(name)
+            found = torch.autograd.grad(loss, [job.trainables.parameters[i] for i in places], allow_unused=True)
+            if math.isfinite(loss.item()) and all(g is None or bool(g.isfinite().all()) for g in found):
+                for i, gradient in zip(places, found, strict=True):
+                    gradients[i] = gradient
+    job.apply(optimizer, gradients, cosine(state.block_steps, job.plan.block_steps, job.plan.warmup))
+
+
+def squared_error(block: LatentMoE, activations: Activations) -> tuple[Tensor, Tensor]:
+    """‖student − teacher‖² and ‖teacher‖² over the tokens, in at least fp32."""
+    target = activations.output.to(torch.promote_types(activations.output.dtype, torch.float32))
+    difference = block(*activations.inputs).to(target.dtype) - target
+    return difference.square().sum(), target.square().sum()
+
+
+def _errors(job: Job, held_out: Mapping[str, Activations]) -> dict[str, float]:
+    """Relative error of each block on the held-out tokens."""
+    errors = {}
+    with torch.no_grad():
+        for name, activations in held_out.items():
+            pieces = torch.arange(len(activations)).tensor_split(math.ceil(len(activations) / job.plan.block_tokens))
+            sums = [squared_error(job.student_blocks[name], activations.at(rows)) for rows in pieces]
+            wrong, whole = sum(s[0].item() for s in sums), sum(s[1].item() for s in sums)
+            errors[name] = math.sqrt(wrong / whole) if whole else 0.0
+    return errors
+
+
+def _keep_best(job: Job, state: State, errors: Mapping[str, float]) -> None:
+    gained = False
+    for name, error in errors.items():
+        if error < state.block_best_errors[name]:  # false for NaN
+            gained = True
+            state.block_best_errors[name] = error
+            for i in job.trainables.of(name):
+                state.block_best[i].copy_(job.trainables.masters[i])
+    state.stale = 0 if gained else state.stale + 1

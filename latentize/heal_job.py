@@ -1,0 +1,202 @@
+"""What both stages of healing share: the job, the state it can be resumed from, its measurements and its schedule."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from latentize.distill import OutputLoss
+from latentize.errors import LatentizeError
+from latentize.heal_load import RoutingTap, starved_experts
+from latentize.heal_plan import HealPlan
+from latentize.heal_state import Checkpoint, Trainables
+from latentize.inputs import Batch, Inputs
+from latentize.load_balance import ExpertLoad
+from latentize.moe import LatentMoE
+from latentize.progress import Progress
+from latentize.soap import Soap
+
+Stage = Literal["blocks", "model", "done"]
+
+#: How often a stage may go back to its best weights with a smaller rate before it ends, and the factor on the rate.
+FALL_BACKS, FALL_BACK_RATE = 2, 0.3
+
+
+@dataclass
+class State:
+    """Everything that changes while healing; plain values and tensors only, so that it can be saved."""
+
+    loss_before: float
+    errors_before: dict[str, float]
+    loads_before: dict[str, list[int]]
+    load_tokens: dict[str, int]
+    best: list[Tensor]
+    best_loss: float
+    best_starved: int
+    stage: Stage = "blocks"
+    cursor: int = 0
+    block_steps: int = 0
+    model_steps: int = 0
+    loss_after_blocks: float = math.nan
+    errors_after_blocks: dict[str, float] = field(default_factory=dict)
+    block_best: list[Tensor] = field(default_factory=list)
+    block_best_errors: dict[str, float] = field(default_factory=dict)
+    shares: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] | None = None
+    rate_scale: float = 1.0
+    stale: int = 0
+    fall_backs: int = 0
+    early_stopped: bool = False
+    curve: list[list[float]] = field(default_factory=list)
+    held_out_curve: list[list[float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def enter(self, stage: Stage) -> None:
+        """Begin a stage with a fresh optimiser."""
+        self.stage, self.optimizer, self.rate_scale, self.stale, self.fall_backs = stage, None, 1.0, 0, 0
+        self.block_best, self.block_best_errors = [], {}
+
+
+@dataclass
+class Job:
+    """One call of `heal`: the two models, what is trained, and how."""
+
+    student: nn.Module
+    teacher: nn.Module
+    student_blocks: Mapping[str, LatentMoE]
+    teacher_blocks: Mapping[str, LatentMoE]
+    trainables: Trainables
+    loss: OutputLoss
+    train: Sequence[Batch]
+    held_out: Sequence[Batch]
+    plan: HealPlan
+    seed: int
+    progress: Progress
+    checkpoint: Checkpoint
+    notes: list[str]
+    _saved_at: float = field(default_factory=time.monotonic)
+    _clock: float = field(default_factory=time.monotonic)
+
+    def begin(self, loss: float, errors: dict[str, float], loads: Mapping[str, ExpertLoad]) -> State:
+        """The state before the first step.
+
+        Raises:
+            LatentizeError: the two models' outputs differ by something that is not a number.
+        """
+        if not math.isfinite(loss):
+            raise LatentizeError(
+                f"healing: the loss of the rewritten model on held-out batches is {loss}: its output or the original's "
+                "is not finite there; look for NaN or Inf in the calibration batches"
+            )
+        counts = {name: list(load.counts) for name, load in loads.items()}
+        return State(
+            loss_before=loss,
+            errors_before=dict(errors),
+            loads_before=counts,
+            load_tokens={name: load.tokens for name, load in loads.items()},
+            best=self.trainables.snapshot(),
+            best_loss=loss,
+            best_starved=sum(starved_experts(c, self.plan.min_load) for c in counts.values()),
+            shares={name: torch.tensor(c, dtype=torch.float64) / max(1, sum(c)) for name, c in counts.items()},
+        )
+
+    def resume(self, saved: dict[str, Any]) -> State:
+        """The state that `save` wrote, with the weights and the random state of that moment put back."""
+        masters, rng = saved.pop("masters"), saved.pop("rng")
+        self.trainables.restore(masters)
+        torch.set_rng_state(rng)
+        return State(**saved)
+
+    def save(self, state: State, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write the state now, between two steps."""
+        now = time.monotonic()
+        state.seconds, self._clock = state.seconds + now - self._clock, now
+        if not self.checkpoint.kept:
+            return
+        state.optimizer = None if optimizer is None else optimizer.state_dict()
+        self.checkpoint.save({**vars(state), "masters": self.trainables.masters, "rng": torch.get_rng_state()})
+        self._saved_at = time.monotonic()
+
+    def after_step(self, state: State, optimizer: torch.optim.Optimizer, note: str, resumable: bool = True) -> None:
+        """Tell the progress, and save where it is time and the step can be resumed from."""
+        self.progress(state.block_steps + state.model_steps, self.plan.steps, note)
+        if resumable and self.checkpoint.kept and time.monotonic() - self._saved_at > self.plan.save_seconds:
+            self.save(state, optimizer)
+
+    def optimizer(self, rate: float, saved: dict[str, Any] | None = None) -> Soap:
+        """The optimiser over all masters, as `saved` where given."""
+        optimizer = Soap([{"params": [m], "lr": rate, "rate": rate} for m in self.trainables.masters])
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        return optimizer
+
+    def apply(self, optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | None], rate_factor: float) -> None:
+        """One step of the masters, and the parameters rounded from them."""
+        for master, gradient in zip(self.trainables.masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master.dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * rate_factor
+        optimizer.step()
+        for master in self.trainables.masters:
+            master.grad = None
+        self.trainables.write()
+
+    def train_batch(self, index: int) -> Batch:
+        """The `index`-th batch of training: every batch once in each round, in an order of its own for each round."""
+        count = len(self.train)
+        order = torch.randperm(count, generator=self.generator(index // count))
+        return self.train[int(order[index % count])]
+
+    def generator(self, *key: int) -> torch.Generator:
+        """A random generator for one purpose, the same whenever it is asked for."""
+        value = self.seed
+        for part in key:
+            value = (value * 1_000_003 + part + 1) % (2**63 - 1)
+        return torch.Generator().manual_seed(value)
+
+    def measure(self) -> tuple[float, int]:
+        """Held-out loss, and the number of experts below the least load there."""
+        counts = {name: torch.zeros(b.spec.num_experts, dtype=torch.int64) for name, b in self.student_blocks.items()}
+        wrong = whole = 0.0
+        with RoutingTap(self.student_blocks) as tap, torch.no_grad():
+            for batch in self.held_out:
+                inputs = Inputs.of(batch)
+                sums = self.loss.sums(inputs.call(self.student), inputs.call(self.teacher), batch)
+                wrong, whole = wrong + sums[0].item(), whole + sums[1].item()
+                for name, seen in tap.counts().items():
+                    counts[name] += seen
+        loss = wrong / whole if whole else wrong
+        return loss, sum(starved_experts(c.tolist(), self.plan.min_load) for c in counts.values())
+
+    def better(self, loss: float, starved: int, state: State) -> bool:
+        """Whether weights measured so are kept: no worse than the start, then fewer starved experts, then loss."""
+        return loss <= state.loss_before and (starved, loss) < (state.best_starved, state.best_loss)
+
+
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """The factor on the learning rate: a linear rise over the `warmup` share of the steps, a cosine to zero overall."""
+    rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
+    return rise * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def is_evaluation(step: int, steps: int, evaluations: int) -> bool:
+    """Whether the held-out batches are measured after `step` of `steps` steps: `evaluations` times, and at the end."""
+    return step == steps or step * evaluations // steps > (step - 1) * evaluations // steps
+
+
+def split_batches(calibration: Sequence[Batch], plan: HealPlan) -> tuple[list[Batch], list[Batch], list[str]]:
+    """Batches to train on, evenly spread batches held out, and notes."""
+    count = len(calibration)
+    if count == 1:
+        return list(calibration), list(calibration), ["one calibration batch: it was both trained on and measured on"]
+    held = max(1, min(plan.held_out_limit, round(plan.held_out * count)))
+    chosen = {(2 * i + 1) * count // (2 * held) for i in range(held)}
+    train = [batch for i, batch in enumerate(calibration) if i not in chosen]
+    return train, [calibration[i] for i in sorted(chosen)], []

@@ -1,0 +1,88 @@
+"""The second stage of healing: the whole student learns the teacher's output."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation
+from latentize.heal_load import RoutingTap, count, follow, pressure
+from latentize.inputs import Inputs
+
+#: A held-out loss above this multiple of the best one counts as divergence.
+_RISING = 2.0
+
+
+def heal_model(job: Job, state: State) -> None:
+    """Distil `job.teacher` into `job.student`, and leave the best weights that were measured in the student."""
+    plan = job.plan
+    optimizer = job.optimizer(plan.model_rate, state.optimizer)
+    while state.model_steps < plan.model_steps and not state.early_stopped:
+        loss, gradients = _gradients(job, state)
+        trouble = "" if _finite(loss, gradients) else "a loss or gradient was not finite"
+        if not trouble:
+            factor = state.rate_scale * cosine(state.model_steps, plan.model_steps, plan.warmup)
+            job.apply(optimizer, gradients, factor)
+            state.curve.append([float(state.model_steps), loss])
+        state.model_steps += 1
+        if not trouble and is_evaluation(state.model_steps, plan.model_steps, plan.evaluations):
+            trouble = _evaluate(job, state)
+        if trouble:
+            _fall_back(job, state, trouble)
+            optimizer = job.optimizer(plan.model_rate)
+        note = f"end to end, held-out loss {state.best_loss:.4g} (was {state.loss_before:.4g})"
+        job.after_step(state, optimizer, note)
+    job.trainables.restore(state.best)
+    if plan.model_steps and state.best_loss >= state.loss_before:
+        state.notes.append("healing found no weights better than the ones it started from, which were kept")
+
+
+def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]]:
+    """Loss of the next batch and its gradients with respect to the parameters."""
+    batch = job.train_batch(state.model_steps)
+    inputs = Inputs.of(batch)
+    with torch.no_grad():
+        target = inputs.call(job.teacher)
+    with RoutingTap(job.student_blocks) as tap:
+        wrong, whole = job.loss.sums(inputs.call(job.student), target, batch)
+        routings = tap.take()
+    distance = wrong / whole.clamp_min(1e-30)
+    loss = distance
+    for name, block in job.student_blocks.items():
+        for routing in routings[name]:
+            push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
+            if push is not None:
+                loss = loss + distance.detach() * push
+        state.shares[name] = follow(state.shares[name], count(routings[name], len(state.shares[name])))
+    found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
+    return distance.item(), list(found)
+
+
+def _finite(loss: float, gradients: list[Tensor | None]) -> bool:
+    return math.isfinite(loss) and all(g is None or bool(g.isfinite().all()) for g in gradients)
+
+
+def _evaluate(job: Job, state: State) -> str:
+    """Measure, keep what is best; returns what is wrong, if anything."""
+    loss, starved = job.measure()
+    state.held_out_curve.append([float(state.model_steps), loss])
+    if job.better(loss, starved, state):
+        state.best, state.best_loss, state.best_starved, state.stale = job.trainables.snapshot(), loss, starved, 0
+        return ""
+    state.stale += 1
+    if not loss <= _RISING * max(state.best_loss, 1e-12) and state.stale > 1:
+        return f"the held-out loss rose to {loss:.4g}"
+    return "the held-out loss stopped falling" if state.stale >= job.plan.patience else ""
+
+
+def _fall_back(job: Job, state: State, reason: str) -> None:
+    """Back to the best weights, with a smaller rate; the end of the stage where that did not help before."""
+    job.trainables.restore(state.best)
+    state.rate_scale *= FALL_BACK_RATE
+    state.stale = 0
+    state.fall_backs += 1
+    state.early_stopped = state.fall_backs > FALL_BACKS
+    then = "stopped" if state.early_stopped else f"went on with {state.rate_scale:.2g} of the learning rate"
+    state.notes.append(f"at step {state.model_steps} {reason}: went back to the best weights and {then}")

@@ -1,0 +1,161 @@
+"""What healing trains, and how it survives an interruption: fp32 master weights, snapshots, and the saved state."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentize.errors import LatentizeError, ResourceError
+from latentize.moe import LatentMoE
+
+#: Name of the state file in a checkpoint folder.
+STATE_FILE = "heal.pt"
+
+
+class Trainables:
+    """The parameters of some blocks, with a master copy in at least fp32 of each that is narrower.
+
+    A parameter is known as (block name, parameter name). One that shares memory with `teacher` is given its own.
+    """
+
+    def __init__(self, blocks: Mapping[str, LatentMoE], teacher: nn.Module) -> None:
+        shared = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
+        self.names: list[tuple[str, str]] = []
+        self.parameters: list[nn.Parameter] = []
+        self.masters: list[Tensor] = []
+        for block, module in blocks.items():
+            for name, parameter in module.named_parameters():
+                if not parameter.is_floating_point() or parameter.numel() == 0:
+                    continue
+                if parameter.untyped_storage().data_ptr() in shared:
+                    parameter.data = parameter.data.clone()
+                self.names.append((block, name))
+                self.parameters.append(parameter)
+                self.masters.append(parameter.data.to(torch.promote_types(parameter.dtype, torch.float32)))
+
+    def write(self) -> None:
+        """Round the masters into the parameters; nothing to do where a parameter is its own master."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.data_ptr() != master.data_ptr():
+                parameter.data.copy_(master)
+
+    def of(self, block: str) -> list[int]:
+        """Positions of a block's parameters."""
+        return [i for i, (name, _) in enumerate(self.names) if name == block]
+
+    def snapshot(self) -> list[Tensor]:
+        """Copies of all masters."""
+        return [master.clone() for master in self.masters]
+
+    def restore(self, values: Sequence[Tensor], positions: Sequence[int] | None = None) -> None:
+        """Take masters and parameters back to a snapshot, at `positions` only where given."""
+        for i in range(len(self.masters)) if positions is None else positions:
+            self.masters[i].copy_(values[i])
+        self.write()
+
+    def shapes(self) -> list[str]:
+        """Every parameter's name and shape, to recognise the same job again."""
+        return [f"{b}:{n}:{list(m.shape)}" for (b, n), m in zip(self.names, self.masters, strict=True)]
+
+
+class Checkpoint:
+    """One state file, replaced atomically; `folder` None keeps nothing.
+
+    `fingerprint` says which job the state belongs to; `load` refuses the state of another.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any]) -> None:
+        self._path = None if folder is None else Path(folder) / STATE_FILE
+        self._fingerprint = dict(fingerprint)
+
+    @property
+    def kept(self) -> bool:
+        """Whether states are written at all."""
+        return self._path is not None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write `state`: tensors, numbers, strings, and lists and dicts of them.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        if self._path is None:
+            return
+        partial = self._path.with_suffix(".partial")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as file:
+                torch.save({"fingerprint": self._fingerprint, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise ResourceError(
+                f"healing: its state could not be written to {self._path} ({error}); free some disk and resume"
+            ) from error
+
+    def load(self) -> dict[str, Any] | None:
+        """The saved state, or None when there is none. Only tensors and plain values are ever unpickled.
+
+        Raises:
+            LatentizeError: the file is not a healing state, or the state of another job (the difference is named).
+        """
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(self._path, map_location="cpu", weights_only=True)
+            saved = state.pop("fingerprint")
+        except Exception as error:
+            raise LatentizeError(
+                f"healing: {self._path} cannot be read as a healing state ({type(error).__name__}); "
+                "remove it to start over"
+            ) from error
+        for field, value in self._fingerprint.items():
+            if saved.get(field) != value:
+                raise LatentizeError(
+                    f"healing: {self._path} belongs to another job: {field} was {saved.get(field)!r:.120} and is now "
+                    f"{value!r:.120}; use the same settings to resume, or remove the file to start over"
+                )
+        return state
+
+
+@contextlib.contextmanager
+def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
+    """Gradients on, `models` in eval mode, own random state, deterministic kernels; everything is put back afterwards.
+
+    Raises:
+        ResourceError: memory ran out inside.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        for module, _ in modes:
+            module.training = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(seed)
+            yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(_MEMORY) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise ResourceError(_MEMORY) from error
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for module, training in modes:
+            module.training = training
+
+
+_MEMORY = (
+    "healing: out of memory while training the rewritten blocks; give calibration batches of fewer tokens, "
+    "or heal fewer steps (heal_steps 0 does not heal)"
+)

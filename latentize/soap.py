@@ -1,0 +1,110 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's preconditioner, for stacks of matrices.
+
+Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (2024), arXiv:2409.11321, algorithm 3: second moments
+are kept in the eigenbases of E[G Gᵀ] and E[Gᵀ G], which are refreshed now and then by one step of subspace iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: A side longer than this keeps its own coordinates: eigenbases of long sides cost more than they earn.
+MAX_SIDE = 512
+
+
+class Soap(torch.optim.Optimizer):
+    """SOAP over parameters [..., r, c] seen as stacks of matrices; plain Adam over vectors.
+
+    Args:
+        params: tensors or parameter groups.
+        lr: learning rate, in Adam's units.
+        betas: decay of the mean and of all second moments.
+        eps: added to the root of the second moments.
+        refresh: steps between two refreshes of the bases.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-10,
+        refresh: int = 5,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "refresh": refresh})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+        return loss
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        state = self.state[parameter]
+        if not state:
+            state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
+            if gradient.ndim > 1:
+                _start_bases(state, gradient)
+        state["step"] += 1
+        step = state["step"]
+        state["mean"].lerp_(gradient, 1 - beta1)
+        turned = _turn(gradient, state)
+        state["square"].lerp_(turned.square(), 1 - beta2)
+        scale = (state["square"] / (1 - beta2**step)).sqrt().add_(group["eps"])
+        update = _turn(state["mean"] / (1 - beta1**step), state).div_(scale)
+        parameter.add_(_turn_back(update, state), alpha=-group["lr"])
+        if gradient.ndim > 1:
+            _follow_factors(state, gradient, 1 - beta2 if step > 1 else 0.0)
+            if step == 1 or step % group["refresh"] == 0:
+                _refresh_bases(state)
+
+
+def _start_bases(state: dict[str, Any], gradient: Tensor) -> None:
+    rows, columns = gradient.shape[-2:]
+    for side, size, factor in (("row", rows, gradient @ gradient.mT), ("column", columns, gradient.mT @ gradient)):
+        if size <= MAX_SIDE:
+            state[f"{side}_factor"] = factor
+            state[f"{side}_basis"] = torch.linalg.eigh(factor.double()).eigenvectors.to(gradient.dtype)
+
+
+def _follow_factors(state: dict[str, Any], gradient: Tensor, weight: float) -> None:
+    if "row_factor" in state:
+        state["row_factor"].lerp_(gradient @ gradient.mT, weight)
+    if "column_factor" in state:
+        state["column_factor"].lerp_(gradient.mT @ gradient, weight)
+
+
+def _refresh_bases(state: dict[str, Any]) -> None:
+    """One step of subspace iteration per side, the second moments kept with their directions."""
+    for side, axis in (("row", -2), ("column", -1)):
+        if f"{side}_factor" not in state:
+            continue
+        basis = state[f"{side}_basis"]
+        moved = state[f"{side}_factor"] @ basis
+        order = (basis * moved).sum(-2).argsort(-1, descending=True)
+        moved = moved.gather(-1, order.unsqueeze(-2).expand_as(moved))
+        along = order.unsqueeze(-1) if axis == -2 else order.unsqueeze(-2)
+        state["square"] = state["square"].gather(axis, along.expand_as(state["square"]))
+        state[f"{side}_basis"] = torch.linalg.qr(moved).Q
+
+
+def _turn(value: Tensor, state: dict[str, Any]) -> Tensor:
+    """`value` in the current bases."""
+    if "row_basis" in state:
+        value = state["row_basis"].mT @ value
+    return value @ state["column_basis"] if "column_basis" in state else value
+
+
+def _turn_back(value: Tensor, state: dict[str, Any]) -> Tensor:
+    if "row_basis" in state:
+        value = state["row_basis"] @ value
+    return value @ state["column_basis"].mT if "column_basis" in state else value
