@@ -1,0 +1,242 @@
+"""Whole models as ONNX files: they hold one node per block, run in plain onnxruntime, and agree with PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentize.errors import GateError, LatentizeError, ResourceError
+from latentize.moe import LatentMoE
+from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from latentize.exporters import onnx_file  # noqa: E402
+from latentize.exporters.onnx import export_onnx  # noqa: E402
+from latentize.exporters.onnx_check import check_onnx, open_session, run_session  # noqa: E402
+from latentize.inputs import Inputs  # noqa: E402
+
+D, L, M, N, K, VOCAB = 16, 8, 12, 6, 2, 32
+
+
+def make_spec(*, latent: bool = True, seed: int = 0, **router: Any) -> MoESpec:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    width = L if latent else D
+    experts = ExpertsSpec(draw(N, M, width), draw(N, width, M), draw(N, M, width))
+    projections = LatentSpec(draw(L, D), draw(D, L)) if latent else None
+    return MoESpec(RouterSpec(draw(N, D) * 4, K, **{"normalize": "sum", **router}), experts, projections)
+
+
+class Lm(nn.Module):
+    """Embedding, two MoE blocks with a residual each, output head."""
+
+    def __init__(self, *, latent: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, D)
+        self.blocks = nn.ModuleList(LatentMoE(make_spec(latent=latent, seed=i)) for i in range(2))
+        self.head = nn.Linear(D, VOCAB)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def fresh_ids(*shapes: tuple[int, int]) -> list[tuple[tuple[Tensor], dict[str, Any]]]:
+    generator = torch.Generator().manual_seed(9)
+    return [((torch.randint(VOCAB, shape, generator=generator),), {}) for shape in shapes]
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lm, Path]:
+    model, path = Lm(), tmp_path_factory.mktemp("lm") / "model.onnx"
+    export = export_onnx(model, (torch.zeros(1, 4, dtype=torch.long),), {}, path, metadata={"recipe": "{}"})
+    assert dict(export.forms) == {"blocks.0.experts": "auto", "blocks.1.experts": "auto"}
+    return model, path
+
+
+def test_whole_model_agrees_at_one_token_and_several_lengths_and_batches(lm: tuple[Lm, Path]) -> None:
+    model, path = lm
+    agreement = check_onnx(path, model, fresh_ids((1, 1), (1, 7), (3, 1), (2, 16), (1, 64)))
+    assert agreement.error < 2e-6  # fp32 on both sides, sums in another order
+    assert [c.shapes for c in agreement.comparisons][:2] == [((1, 1),), ((1, 7),)]
+
+
+def test_file_holds_one_node_per_block_and_passes_the_full_checker(lm: tuple[Lm, Path]) -> None:
+    file = onnx.load(lm[1])
+    nodes = [n for n in file.graph.node if (n.domain, n.op_type) == ("latentize", "LatentExperts")]
+    assert len(nodes) == 2
+    assert nodes[0].overload == nodes[1].overload == file.functions[0].overload  # equal blocks share one body
+    assert len(file.functions) == 1
+    assert {i.name for i in file.graph.initializer} >= {"blocks.0.experts.gate", "blocks.1.router.weight"}
+    onnx.checker.check_model(file, full_check=True)
+
+
+def test_metadata_is_in_the_file(lm: tuple[Lm, Path]) -> None:
+    stored = {p.key: p.value for p in onnx.load(lm[1]).metadata_props}
+    assert stored["recipe"] == "{}"
+    assert json.loads(stored["latentize.forms"])["blocks.0.experts"] == "auto"
+
+
+def test_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = LatentMoE(make_spec()).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    export_onnx(model, (torch.randn(2, 5, D, generator=torch.Generator()),), {}, tmp_path / "m.onnx", form="dense")
+    assert model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_large_weights_go_to_a_second_file_and_replace_an_older_export(tmp_path: Path) -> None:
+    model, path, args = LatentMoE(make_spec()), tmp_path / "m.onnx", (torch.ones(2, 5, D),)
+    export = export_onnx(model, args, {}, path, form="loop", external_above=1000)
+    assert export.data_path == tmp_path / "m.onnx.data"
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+    assert path.stat().st_size + export.data_path.stat().st_size == export.bytes
+    onnx.checker.check_model(str(path), full_check=True)
+    assert check_onnx(path, model, [((torch.randn(1, 3, D),), {})]).error < 2e-6
+    again = export_onnx(model, args, {}, path, form="loop")
+    assert again.data_path is None
+    assert {p.name for p in tmp_path.iterdir()} == {"m.onnx"}
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnx_ir
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    model = onnx_ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])))
+    with pytest.raises(ResourceError, match="the disk is full"):
+        onnx_file.write_model(model, tmp_path / "m.onnx", 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = LatentMoE(make_spec())
+    with pytest.raises(LatentizeError, match="cannot be written"):
+        export_onnx(model, (torch.ones(2, 5, D),), {}, tmp_path / "file" / "m.onnx", form="loop")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_runs_on_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, path = LatentMoE(make_spec().to(dtype)), tmp_path / "m.onnx"
+    export_onnx(model, (torch.ones(2, 5, D, dtype=dtype),), {}, path)
+    x = torch.randn(1, 9, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert check_onnx(path, model, [((x,), {})]).error < {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+
+
+def test_disagreement_is_a_gate_error(lm: tuple[Lm, Path]) -> None:
+    other = Lm()
+    with torch.no_grad():
+        other.head.weight[0] += 0.01
+    with pytest.raises(GateError, match=r"disagree on inputs \[1, 7\]: relative error .*, allowed 1e-05") as error:
+        check_onnx(lm[1], other, fresh_ids((1, 7)))
+    assert error.value.exit_code == 4
+
+
+def test_not_a_number_is_a_gate_error(lm: tuple[Lm, Path]) -> None:
+    other = Lm()
+    with torch.no_grad():
+        other.head.weight[0] = float("nan")
+    with pytest.raises(GateError, match="relative error nan"):
+        check_onnx(lm[1], other, fresh_ids((1, 7)))
+
+
+def test_broken_missing_and_uncompared_files_are_one_line(lm: tuple[Lm, Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(lm[1].read_bytes()[:5000])
+    with pytest.raises(LatentizeError, match="onnxruntime cannot load it"):
+        open_session(broken)
+    with pytest.raises(LatentizeError, match="no such file"):
+        open_session(tmp_path / "none.onnx")
+    with pytest.raises(LatentizeError, match="no inputs to compare on"):
+        check_onnx(lm[1], lm[0], [])
+
+
+class Stranger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), Eigenvalues())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Eigenvalues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x @ x.mT)
+
+
+def test_operator_that_onnx_lacks_is_named_with_its_place(tmp_path: Path) -> None:
+    with pytest.raises(LatentizeError, match=r"no operator for aten\._linalg_eigh, used in module 'inner\.1'"):
+        export_onnx(Stranger(), (torch.ones(3, 4),), {}, tmp_path / "m.onnx")
+
+
+class Choosy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x
+
+
+def test_model_that_cannot_be_captured_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(LatentizeError, match=r"torch\.export cannot capture Choosy") as error:
+        export_onnx(Choosy(), (torch.ones(3, 4),), {}, tmp_path / "m.onnx")
+    assert "\n" not in str(error.value)
+
+
+def test_unsupported_requests_are_refused_before_the_work(tmp_path: Path) -> None:
+    model, args, path = LatentMoE(make_spec()), (torch.ones(2, 5, D),), tmp_path / "m.onnx"
+    with pytest.raises(LatentizeError, match="opset 12 is not supported: expected 20 to 23"):
+        export_onnx(model, args, {}, path, opset=12)
+    with pytest.raises(LatentizeError, match="form 'fast' is not known"):
+        export_onnx(model, args, {}, path, form="fast")
+    eight = nn.Linear(2, 2)
+    eight.weight = nn.Parameter(eight.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(LatentizeError, match=r"weight is torch\.float8_e4m3fn; supported are float32"):
+        export_onnx(eight, args, {}, path)
+
+
+def make_qwen(vocab: int = VOCAB) -> nn.Module:
+    """A transformers model with attention whose MoE blocks are in canonical form."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=vocab, hidden_size=D, intermediate_size=32, moe_intermediate_size=M, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=N, num_experts_per_tok=K,
+        decoder_sparse_step=1, max_position_embeddings=64, norm_topk_prob=True, use_cache=True, initializer_range=0.3,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp = LatentMoE(make_spec(seed=i))
+    return model
+
+
+def test_transformers_model_generates_the_same_text(tmp_path: Path) -> None:
+    model, path = make_qwen(), tmp_path / "m.onnx"
+    export = export_onnx(model, (), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, path)
+    assert export.inputs == ("input_ids",)
+    assert model.config.use_cache
+    calls = [((), {"input_ids": args[0]}) for args, _ in fresh_ids((1, 1), (2, 9), (3, 1))]
+    assert check_onnx(path, model, calls).error < 5e-6
+    prompt = fresh_ids((1, 5))[0][0][0]
+    wanted = model.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    session, ids = open_session(path, threads=1), prompt
+    for _ in range(8):
+        logits = run_session(session, Inputs(kwargs={"input_ids": ids}))[0]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, wanted)
