@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 import re
 import resource
 import shutil
@@ -189,11 +190,13 @@ def test_wheel_holds_our_three_packages_and_no_generic_name(wheel: zipfile.ZipFi
     assert packages == set(SETUPTOOLS["packages"])
 
 
-def test_wheel_holds_every_source_file_once_with_types_and_templates(wheel: zipfile.ZipFile) -> None:
-    folders = {folder: package.replace(".", "/") for package, folder in SETUPTOOLS["package-dir"].items()}
-    expected = [f"{folders[path.parent.name]}/{path.name}" for path in sources()]
-    expected += ["latentize/py.typed"]
-    expected += [f"latentize/templates/{path.name}" for path in (ROOT / "latentize" / "templates").iterdir()]
+def test_wheel_holds_every_file_of_the_package_once(wheel: zipfile.ZipFile) -> None:
+    """Sources, type marker, templates and kernels: whatever lies in the three folders must be declared in pyproject."""
+    expected = []
+    for package, folder in SETUPTOOLS["package-dir"].items():
+        for parent, _, names in os.walk(ROOT / folder):
+            inside = Path(package.replace(".", "/")) / Path(parent).relative_to(ROOT / folder)
+            expected += [str(inside / name) for name in names if "__pycache__" not in parent]
     assert sorted(n for n in wheel.namelist() if ".dist-info/" not in n) == sorted(expected)
 
 
