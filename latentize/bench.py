@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentize.errors import MissingExtraError
+from latentize.errors import LatentizeError
 from latentize.inputs import Inputs, observing
 
 #: tokens -> the inputs for one sequence of that length, or the reason why there are none.
@@ -120,12 +120,14 @@ def bench_onnx(
 
     Args:
         paths: "original" and "rewritten" -> .onnx file; a missing one is left out of the table and noted.
-        make_inputs: as for `bench_models`; tensors are fed by keyword name, else in order.
+        make_inputs: as for `bench_models`; the tensors are fed in order.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
-    sessions = {name: session(path) for name, path in paths.items()}
+    from latentize.exporters.onnx_check import open_session
+
+    sessions = {name: open_session(path, torch.get_num_threads()) for name, path in paths.items()}
     missing = [name for name in ("original", "rewritten") if name not in sessions]
     note = f"no exported graph of the {' and '.join(missing)} model" if missing else ""
     rows = []
@@ -139,31 +141,19 @@ def bench_onnx(
     return tuple(rows)
 
 
-def session(path: Path) -> Any:
-    """An onnxruntime CPU session of `path` with torch's number of threads.
+def feeds(graph: Any, inputs: Inputs) -> dict[str, Any]:
+    """numpy arrays for the inputs of an onnxruntime session, which are the call's tensors in order.
 
     Raises:
-        MissingExtraError: onnxruntime is not installed.
+        LatentizeError: the call has another number of tensors than the graph has inputs.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "onnx", "timing exported graphs") from None
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def feeds(graph: Any, inputs: Inputs) -> dict[str, Any]:
-    """numpy arrays for the inputs of the session `graph`: keyword tensors by name, the others in order."""
-    names = [node.name for node in graph.get_inputs()]
-    tensors = {name: value for name, value in inputs.kwargs.items() if isinstance(value, torch.Tensor)}
-    by_name = {name: value for name, value in tensors.items() if name in names}
-    left = [t for t in inputs.tensors() if not any(t is taken for taken in by_name.values())]
-    by_name.update(zip([name for name in names if name not in by_name], left, strict=False))
-    return {name: tensor.detach().cpu().numpy() for name, tensor in by_name.items()}
+    names, tensors = [node.name for node in graph.get_inputs()], inputs.tensors()
+    if len(names) != len(tensors):
+        raise LatentizeError(
+            f"the exported graph reads {len(names)} tensors ({', '.join(names)}) and the inputs hold {len(tensors)}; "
+            "export it again with these inputs"
+        )
+    return {name: tensor.detach().cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
 
 
 def _torch_call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:

@@ -61,9 +61,11 @@ def spectrum(block: BlockRecord) -> str:
     values, chosen = _over_largest(plan.spectrum), plan.latent_dim
     with _figure(210, f"singular spectrum of {block.name}, {chosen} of {len(values)} kept") as (figure, svg):
         axes = figure.subplots()
-        index = range(1, len(values) + 1)
-        axes.fill_between(index[:chosen], values[:chosen], min(values), color=REWRITTEN, alpha=0.16, linewidth=0)
-        axes.plot(index, values, color=REWRITTEN)
+        index = _thinned(len(values))
+        shown = [i for i in index if i < chosen]
+        kept = [values[i] for i in shown]
+        axes.fill_between([i + 1 for i in shown], kept, min(values), color=REWRITTEN, alpha=0.16, linewidth=0)
+        axes.plot([i + 1 for i in index], [values[i] for i in index], color=REWRITTEN)
         _mark_latent(axes, chosen, len(values), kept_energy(plan.spectrum, chosen))
         axes.set(title=block.name, xlabel="index", ylabel="σ / largest σ", yscale="log", xlim=(0, len(values) * 1.02))
     return svg()
@@ -79,8 +81,14 @@ def spectra(blocks: Sequence[BlockRecord]) -> str:
             assert plan is not None
             assert plan.spectrum is not None
             values = _over_largest(plan.spectrum)
-            shares = [(i + 1) / len(values) for i in range(len(values))]
-            axes.plot(shares, values, color=REWRITTEN, alpha=0.35, linewidth=1)
+            index = _thinned(len(values))
+            axes.plot(
+                [(i + 1) / len(values) for i in index],
+                [values[i] for i in index],
+                color=REWRITTEN,
+                alpha=0.35,
+                linewidth=1,
+            )
             chosen = plan.latent_dim / plan.hidden_size
             axes.axvline(chosen, color=INK, linewidth=0.8, alpha=0.5, linestyle=(0, (3, 2)))
         axes.set(title=title, xlabel="index / d   (dashed: the ℓ chosen)", ylabel="σ / largest σ", yscale="log")
@@ -93,7 +101,7 @@ def errors(blocks: Sequence[BlockRecord]) -> str:
     rows = range(len(blocks))
     with _figure(96 + 20 * len(blocks), "relative error of each block before and after healing") as (figure, svg):
         axes = figure.subplots()
-        steps = (
+        steps: tuple[tuple[str, str, str, Callable[[BlockRecord], float | None]], ...] = (
             ("predicted", "|", MUTED, lambda b: b.plan.predicted_error if b.plan else None),
             ("initialised", "o", PAPER, lambda b: b.errors.initialised if b.errors else None),
             ("healed by block", "D", ORIGINAL, lambda b: b.errors.healed_block if b.errors else None),
@@ -118,7 +126,7 @@ def errors(blocks: Sequence[BlockRecord]) -> str:
 
 
 def accuracy(report: Report) -> str:
-    """The first value of the evaluation against the expert weights read per token: original, rewritten, others."""
+    """The first value of the evaluation against the routed weights read for one token: original, rewritten, others."""
     evaluation = report.evaluation
     assert evaluation is not None
     metric = evaluation.metric
@@ -130,7 +138,7 @@ def accuracy(report: Report) -> str:
         points.append(("before healing", after, evaluation.initialised[metric], PAPER, REWRITTEN))
     points.append(("rewritten", after, evaluation.rewritten[metric], REWRITTEN, REWRITTEN))
     scale, unit = _scale(max(point[1] for point in points))
-    with _figure(240, f"{metric} against expert weights read per token") as (figure, svg):
+    with _figure(240, f"{metric} against weights read per token") as (figure, svg):
         axes = figure.subplots()
         axes.axhline(points[0][2], color=ORIGINAL, linewidth=0.8, linestyle=(0, (3, 2)))
         lowest = min(point[2] for point in points)
@@ -144,7 +152,7 @@ def accuracy(report: Report) -> str:
         axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
         axes.locator_params(nbins=5)
         axes.grid(visible=True)
-        axes.set(xlabel=f"expert weights read per token, {unit}", title=metric)
+        axes.set(xlabel=f"routed weights read for one token, {unit}", title=metric)
     return svg()
 
 
@@ -263,6 +271,12 @@ def _over_largest(values: Sequence[float]) -> list[float]:
     """Values over the largest, floored where a logarithm would fail."""
     largest = max(values, default=0.0) or 1.0
     return [max(value / largest, 1e-8) for value in values]
+
+
+def _thinned(length: int, most: int = 256) -> list[int]:
+    """Indices of at most about `most` points, the first and the last among them: a curve needs no more."""
+    step = max(1, length // most)
+    return sorted({*range(0, length, step), length - 1})
 
 
 def _scale(size: float) -> tuple[float, str]:

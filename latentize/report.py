@@ -94,9 +94,10 @@ class Sizes:
 class Plan:
     """What becomes of one block: sizes, and the costs of its routed path per token, before and after.
 
-    `weight_bytes` are read per token (k experts, and the projections after), `dispatch_bytes` cross to and from the
-    experts (2 · k · width), `stored_bytes` are the block's parameters. `predicted_error` is relative, at initialisation.
-    `spectrum` holds the singular values that decide ℓ, largest first, d of them.
+    `weight_bytes` are read for one token: its k experts and, after, the two projections, of which `projection_bytes`,
+    read once per batch. `dispatch_bytes` cross to and from the experts (2 · k · width); `stored_bytes` are the block's
+    parameters. `predicted_error` is relative, for the start. `spectrum` holds the d singular values that decide ℓ,
+    largest first.
     """
 
     hidden_size: int
@@ -115,6 +116,7 @@ class Plan:
     flops_after: int
     predicted_error: float | None = None
     spectrum: tuple[float, ...] | None = None
+    projection_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Point:
-    """Another conversion of the same model, measured the same way: one point of accuracy against bytes."""
+    """Another conversion of the same model, measured the same way: one point of accuracy against bytes per token."""
 
     label: str
     weight_bytes: int
@@ -279,11 +281,11 @@ def write(report: Report, out: Path) -> tuple[Path, Path]:
         MissingExtraError: a package that the page needs is not installed; report.json is written nevertheless.
         ResourceError: the disk is full or `out` cannot be written.
     """
-    from latentize import report_html
+    from latentize.report_html import render
 
     out = Path(out)
     _write_atomically(out / JSON_NAME, to_json(report))
-    _write_atomically(out / HTML_NAME, report_html.render(report))
+    _write_atomically(out / HTML_NAME, render(report))
     return out / JSON_NAME, out / HTML_NAME
 
 

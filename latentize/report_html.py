@@ -64,7 +64,7 @@ def headline(report: Report) -> str:
             by = "" if verb == "stayed" else f" by {abs(100 * evaluation.rise):.1f} %"
             cost = f"{name} {verb}{by}, {number(before)} → {number(after)}"
     sums = totals(report)
-    moved = _change("expert weights read per token", sums["weight_bytes_before"], sums["weight_bytes_after"])
+    moved = _change("routed weights read for one token", sums["weight_bytes_before"], sums["weight_bytes_after"])
     return f"{cost[0].upper()}{cost[1:]}; {moved}{_speed(report)}."
 
 
@@ -79,14 +79,17 @@ def key_numbers(report: Report) -> Iterator[dict[str, str]]:
     if report.rewritten:
         sums = totals(report)
         for field, label, show in (
-            ("weight_bytes", "expert weights read per token", size),
+            ("weight_bytes", "routed weights read for one token", size),
             ("dispatch_bytes", "dispatched per token", size),
             ("flops", "routed FLOPs per token", count),
-            ("stored_bytes", "blocks as stored", size),
         ):
             before, after = sums[f"{field}_before"], sums[f"{field}_after"]
             yield {"label": label, "before": show(before), "after": show(after),
                    "change": percent_change(before, after)}  # fmt: skip
+    model = report.model
+    if model.bytes_after is not None:
+        yield {"label": "model as stored", "before": size(model.bytes_before), "after": size(model.bytes_after),
+               "change": percent_change(model.bytes_before, model.bytes_after)}  # fmt: skip
 
 
 def limits(report: Report) -> Iterator[str]:
@@ -116,20 +119,20 @@ def limits(report: Report) -> Iterator[str]:
     if report.onnx is None:
         yield "No ONNX graph was exported or checked."
     yield (
-        "Bytes and FLOPs are counted from the plan for one token on its own; tokens of one batch that share experts "
-        "read fewer bytes each."
+        "Bytes and FLOPs are counted from the plan for one token on its own; the tokens of one batch share the "
+        "projections and some experts, and read fewer bytes each."
     )
 
 
 def totals(report: Report) -> dict[str, int]:
     """The plans' costs, summed over the rewritten blocks."""
     names = ("weight_bytes", "dispatch_bytes", "stored_bytes", "flops")
-    fields = [f"{name}_{when}" for name in names for when in ("before", "after")]
-    return {field: sum(getattr(block.plan, field) for block in report.rewritten) for field in fields}
+    fields = [*(f"{name}_{when}" for name in names for when in ("before", "after")), "projection_bytes"]
+    return {field: sum(getattr(block.plan, field) or 0 for block in report.rewritten) for field in fields}
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A value with `digits` significant digits, one more between 1 and 10 for the default; a dash when there is none."""
+    """A value with `digits` significant digits, four meaning four decimals from 1 to 10; a dash when there is none."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -212,15 +215,18 @@ def _change(what: str, before: float, after: float) -> str:
 
 
 def _speed(report: Report) -> str:
-    rows = [row for row in report.latency or () if row.ratio is not None and row.tokens == 1]
-    if not rows:
+    """One token in the fastest backend of each model, so that a slow baseline does not flatter."""
+    rows = [row for row in report.latency or () if row.tokens == 1]
+    before = min(((row.original.median_ms, row.backend) for row in rows if row.original), default=None)
+    after = min(((row.rewritten.median_ms, row.backend) for row in rows if row.rewritten), default=None)
+    if before is None or after is None or not before[0] or not after[0]:
         return ""
-    ours = min(rows, key=lambda row: row.rewritten.median_ms if row.rewritten else math.inf)
-    assert ours.ratio is not None
-    if abs(ours.ratio - 1) < 0.02:
-        return f"; one token takes as long as before ({ours.backend})"
-    word = f"{1 / ours.ratio:.2f}\u00a0× faster" if ours.ratio < 1 else f"{ours.ratio:.2f}\u00a0× slower"
-    return f"; one token {word} ({ours.backend})"
+    ratio = after[0] / before[0]
+    where = before[1] if before[1] == after[1] else f"{after[1]} against {before[1]}"
+    if abs(ratio - 1) < 0.02:
+        return f"; one token takes as long as before ({where})"
+    word = f"{1 / ratio:.2f}\u00a0× faster" if ratio < 1 else f"{ratio:.2f}\u00a0× slower"
+    return f"; one token {word} ({where})"
 
 
 def _times(ratio: float) -> str:
@@ -231,10 +237,16 @@ def _with_unit(value: float, units: tuple[tuple[str, float], ...]) -> str:
     for unit, scale in units:
         if abs(value) >= scale:
             shown = value / scale
-            return (
-                f"{shown:.0f}\u00a0{unit}".strip() if scale == 1 or shown >= 100 else f"{shown:.2f}\u00a0{unit}".strip()
-            )
-    return f"{value:.0f} {units[-1][0]}".strip()
+            places = 0 if scale == 1 or shown >= 100 else 2
+            return f"{shown:.{places}f}\u00a0{unit}".strip()
+    return f"{value:.0f}\u00a0{units[-1][0]}".strip()
+
+
+def _breakable(name: str) -> Any:
+    """A dotted name that may be broken after each dot."""
+    from markupsafe import Markup, escape
+
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
 def _environment() -> Any:
@@ -249,6 +261,6 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "size": size, "count": count, "seconds": seconds,
+    environment.filters |= {"number": number, "breakable": _breakable, "size": size, "count": count, "seconds": seconds,
                             "ms": lambda t: "–" if t is None else plots.milliseconds(t.median_ms)}  # fmt: skip
     return environment
