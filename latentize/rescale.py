@@ -32,7 +32,7 @@ def expand(spec: MoESpec, experts_factor: int, topk_factor: int) -> MoESpec:
             leaves no room for banks (it has groups or identity experts already).
     """
     a, b = experts_factor, topk_factor
-    _check(spec, a, b)
+    check_factors(spec, a, b)
     if a == 1:
         return spec
     copies = copy_experts(spec, a, b)
@@ -44,7 +44,7 @@ def copy_experts(spec: MoESpec, a: int, b: int) -> MoESpec:
     share = _score_share(spec.router, a, b)
     real = spec.num_experts
     router = _copy_router(spec.router, real, a, b, share)
-    experts = _map_experts(spec.experts, lambda t: torch.cat([t] * a))
+    experts = map_experts(spec.experts, lambda t: torch.cat([t] * a))
     if router.applies_to == "input":  # f(w x / b) is not f(w x) / b: full weights, outputs divided
         down_bias = None if experts.down_bias is None else experts.down_bias / b
         experts = replace(experts, down=experts.down / b, down_bias=down_bias)
@@ -83,7 +83,8 @@ def simplex(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return corners.to(dtype)
 
 
-def _check(spec: MoESpec, a: int, b: int) -> None:
+def check_factors(spec: MoESpec, a: int, b: int) -> None:
+    """Raise the LatentizeError that `expand(spec, a, b)` would."""
     if a < 1 or b < 1:
         raise LatentizeError(f"experts factor {a} and top-k factor {b}: both must be at least 1")
     if b > a:
@@ -156,7 +157,9 @@ def _divide_identities(router: RouterSpec, real: int, b: int) -> Tensor | None:
     return scales
 
 
-def _map_experts(experts: ExpertsSpec, function: Callable[[Tensor], Tensor]) -> ExpertsSpec:
+def map_experts(experts: ExpertsSpec, function: Callable[[Tensor], Tensor]) -> ExpertsSpec:
+    """The experts with `function` applied to each of their tensors."""
+
     def optional(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else function(tensor)
 

@@ -1,0 +1,90 @@
+"""The shared projections from second moments: d x d Gram matrices and eigh, one expert in memory at a time.
+
+Notation: d hidden size, l latent size, C the uncentred second moment of what the experts read, G the stacked gate and
+up rows of all experts. P [l, d] maps down, U [d, l] maps up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentize.spec import ExpertsSpec
+
+
+def shrink(moment: Tensor, tokens: int) -> Tensor:
+    """`moment` [d, d] pulled towards a multiple of the identity, the more the fewer tokens it was measured on.
+
+    The weight is the oracle-approximating one of Chen, Wiesel, Eldar and Hero, "Shrinkage algorithms for MMSE
+    covariance estimation", IEEE Trans. Signal Processing 58 (2010); at least 1e-6, so that nothing is singular.
+    """
+    d = len(moment)
+    trace, square = moment.trace(), moment.square().sum()
+    spread = square - trace.square() / d
+    weight = ((1 - 2 / d) * square + trace.square()) / ((tokens + 1 - 2 / d) * spread).clamp_min(1e-300)
+    weight = weight.nan_to_num(nan=1.0).clamp(1e-6, 1.0)
+    identity = torch.eye(d, dtype=moment.dtype, device=moment.device)
+    if not trace > 0:
+        return identity
+    shrunk: Tensor = (1 - weight) * moment + weight * (trace / d) * identity
+    return shrunk
+
+
+def gram(experts: ExpertsSpec, loads: Tensor) -> Tensor:
+    """Σ_e loads_e (gate_eᵀ gate_e + up_eᵀ up_e), [d, d] in fp64; loads [N]."""
+    d = experts.up.shape[-1]
+    total = torch.zeros(d, d, dtype=torch.float64, device=experts.up.device)
+    for expert in range(experts.up.shape[0]):
+        for weights in (experts.gate, experts.up):
+            if weights is not None:
+                rows = weights[expert].double()
+                total += loads[expert].double() * (rows.T @ rows)
+    return total
+
+
+def output_gram(experts: ExpertsSpec, loads: Tensor) -> Tensor:
+    """Σ_e loads_e down_e down_eᵀ, [d, d] in fp64; loads [N]."""
+    d = experts.down.shape[1]
+    total = torch.zeros(d, d, dtype=torch.float64, device=experts.down.device)
+    for expert in range(experts.down.shape[0]):
+        columns = experts.down[expert].double()
+        total += loads[expert].double() * (columns @ columns.T)
+    return total
+
+
+def spectrum(expert_gram: Tensor, moment: Tensor) -> Tensor:
+    """Singular values [d] of G C^½, descending."""
+    root = square_root(moment)
+    values: Tensor = torch.linalg.eigvalsh(root @ expert_gram @ root).flip(0).clamp_min(0).sqrt()
+    return values
+
+
+def square_root(moment: Tensor) -> Tensor:
+    """Symmetric square root of a positive semidefinite [d, d]."""
+    values, vectors = torch.linalg.eigh(moment)
+    root: Tensor = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return root
+
+
+def leading(moment: Tensor, rank: int) -> Tensor:
+    """The `rank` leading eigenvectors of a symmetric [d, d], as orthonormal columns [d, rank]."""
+    vectors: Tensor = torch.linalg.eigh(moment)[1].flip(1)[:, :rank].contiguous()
+    return vectors
+
+
+def input_projection(expert_gram: Tensor, moment: Tensor, rank: int) -> Tensor:
+    """P [rank, d] with orthonormal rows whose span keeps most of G C^½.
+
+    The rank-l truncation G C^½ = W S Vᵀ is reached by z = V_lᵀ C^-½ x; only the span of its rows matters.
+    """
+    root = square_root(moment)
+    directions = leading(root @ expert_gram @ root, rank)
+    basis: Tensor = torch.linalg.qr(torch.linalg.solve(root, directions))[0]
+    return basis.T.contiguous()
+
+
+def reconstruction(projection: Tensor, moment: Tensor) -> Tensor:
+    """R [d, l] = C Pᵀ (P C Pᵀ)⁻¹: R P x is the best linear guess of x, and G R the best weights on P x."""
+    cross = moment @ projection.T
+    guess: Tensor = torch.linalg.solve(projection @ cross, cross.T).T
+    return guess
