@@ -24,11 +24,11 @@ _log = logging.getLogger("latentize")
 class Progress(Protocol):
     """What a long step calls after each piece of its work."""
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
-        """`done` of `total` pieces are finished (total 0: not known); `note` says what is going on now."""
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """`done` of `total` pieces are finished (total 0 or None: not known); `note` says what is going on now."""
 
 
-def silent(done: int, total: int, note: str = "") -> None:
+def silent(done: int, total: int | None, note: str = "") -> None:
     """A `Progress` that says nothing."""
     del done, total, note
 
@@ -85,7 +85,7 @@ class Steps:
             with _bar(self._console) as bar:
                 task = bar.add_task(name, total=None, note="", peak="")
 
-                def show(done: int, total: int, note: str = "") -> None:
+                def show(done: int, total: int | None, note: str = "") -> None:
                     peak = f"{peak_memory() / 2**20:,.0f} MiB"
                     bar.update(task, completed=done, total=total or None, note=note, peak=peak)
 
@@ -102,7 +102,7 @@ class _Lines:
         self._console = console
         self._start = self._last = time.monotonic()
 
-    def __call__(self, done: int, total: int, note: str = "") -> None:
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
         now = time.monotonic()
         if now - self._last < _LINE_EVERY:
             return

@@ -1,0 +1,202 @@
+"""The Python interface: `inspect` says what a model holds, `convert` rewrites it, `Result.save` keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from latentize import artefact, card, conversion, passes
+from latentize.artefact import Origin, SavedBlock
+from latentize.blocks import Block
+from latentize.conversion import Prepared, Rewritten, Survey
+from latentize.heal import HealPlan, HealReport, heal
+from latentize.inputs import Batch
+from latentize.moe import LatentMoE
+from latentize.plan import BlockPlan
+from latentize.recipe import Recipe
+from latentize.report import Errors
+from latentize.sources import check_finite
+from latentize.staging import staged
+
+if TYPE_CHECKING:
+    from latentize.passes import Found
+
+
+@dataclass
+class Result:
+    """What `convert` gives.
+
+    `model` is the rewritten model (the model as it was when nothing was rewritten); `blocks` describes the model as it
+    came in. `plan`, `errors` and `rewritten` are by block name, for the blocks that were rewritten; `healing` is None
+    when nothing was healed; `left` says why proved blocks were left alone; `warnings` says what else to know.
+    """
+
+    model: nn.Module
+    blocks: list[Block]
+    recipe: Recipe
+    plan: Mapping[str, BlockPlan] = field(default_factory=dict)
+    errors: Mapping[str, Errors] = field(default_factory=dict)
+    healing: HealReport | None = None
+    left: Mapping[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    rewritten: Mapping[str, LatentMoE] = field(default_factory=dict, repr=False)
+    _found: Sequence[Found] = field(default=(), repr=False)
+    _origin: Origin | None = field(default=None, repr=False)
+
+    def save(self, out: str | Path) -> None:
+        """Write the converted model to the folder `out`, whole or not at all; `latentize.load(out)` reads it.
+
+        Raises:
+            LatentizeError: `out` holds something else, or a tensor is missing, unexpected or not finite.
+            ResourceError: the disk is full.
+        """
+        with staged(Path(out)) as folder:
+            self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Write the converted model and its model card into `folder`, which exists.
+
+        Raises:
+            LatentizeError: a tensor is missing, unexpected or not finite.
+        """
+        origin = self._origin if self._origin is not None else Origin.of(self.model)
+        sites = {found.block.name: passes.site_to_json(found) for found in self._found}
+        blocks = {name: SavedBlock(sites[name], module.spec) for name, module in self.rewritten.items()}
+        (folder / "README.md").write_text(card.model_card(self, origin), encoding="utf-8")
+        artefact.write(folder, self.model, origin, blocks, self.recipe.model_dump(mode="json"))
+
+
+def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[Block]:
+    """Every place of a model that is, or nearly is, a Mixture of Experts, in the model's order.
+
+    Nothing changes: weights, buffers, modes, hooks and random states stay as they are.
+
+    Args:
+        model: any module.
+        args, kwargs: example inputs of its forward.
+
+    Returns:
+        Blocks with status "moe" (proved, with the largest relative error over all probes), "latent" or "refused" (with
+        the reason). A model without any gives an empty list.
+    """
+    return [found.block for found in conversion.find(model, args, dict(kwargs or {}))]
+
+
+def convert(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    recipe: Recipe | None = None,
+    calibration: Iterable[Batch] | None = None,
+    *,
+    inplace: bool = False,
+) -> Result:
+    """Rewrite every proved MoE block of a model into LatentMoE.
+
+    Args:
+        model: any module. It is left unchanged, and the result shares what is not rewritten with it.
+        args, kwargs: example inputs of its forward.
+        recipe: what to do; `Recipe()` when None.
+        calibration: an iterable, possibly one-shot, of inputs: tuples (args) or dicts (kwargs). Without it the weights
+            decide alone and nothing is healed.
+        inplace: replace the blocks in the model itself.
+
+    Raises:
+        LatentizeError: the recipe does not fit a block, a block is on the meta device, weights are not finite, or the
+            model rejects the calibration data.
+        ResourceError: out of memory.
+    """
+    recipe = Recipe() if recipe is None else recipe
+    kwargs = dict(kwargs or {})
+    origin = Origin.of(model)
+    survey = conversion.survey(model, args, kwargs, recipe)
+    if not survey.selected:
+        return unchanged(model, survey, recipe, origin)
+    with conversion.workspace():
+        check_finite(model)
+        batches = conversion.batches_of(calibration, model)
+        prepared = conversion.prepare(model, survey.selected, recipe, batches)
+        student = conversion.rewrite(model, survey.selected, conversion.start(prepared, recipe))
+        initialised = conversion.measure_errors(prepared.teacher, student, batches or [kwargs or args])
+        healing = heal_student(student, prepared.teacher, batches, recipe)
+        return finish(model, survey, prepared, student, initialised, healing, recipe, origin, inplace=inplace)
+
+
+def heal_student(
+    student: Rewritten, teacher: Rewritten, batches: Sequence[Batch], recipe: Recipe, **options: Any
+) -> HealReport | None:
+    """Heal the student in place; None where there is no data or the recipe asks for no steps.
+
+    Args:
+        student, teacher: the rewritten model and the exact original.
+        batches: calibration data.
+        recipe: says how many steps.
+        options: `progress` and `checkpoint` of `latentize.heal.heal`.
+    """
+    if not batches or recipe.heal_steps == 0:
+        return None
+    steps = HealPlan.chosen(recipe.heal_steps)
+    return heal(
+        student.model, teacher.model, student.blocks, teacher.blocks, batches, steps=steps, seed=recipe.seed, **options
+    )
+
+
+def finish(
+    model: nn.Module,
+    survey: Survey,
+    prepared: Prepared,
+    student: Rewritten,
+    initialised: Mapping[str, float],
+    healing: HealReport | None,
+    recipe: Recipe,
+    origin: Origin,
+    *,
+    inplace: bool = False,
+) -> Result:
+    """Put the result together; with `inplace` the blocks move into `model` itself, now that nothing can fail."""
+    final = student.model
+    if inplace:
+        final = passes.replace_blocks(model, survey.selected, student.blocks, inplace=True)
+    for block in student.blocks.values():
+        block.train(model.training)
+    errors = {}
+    for name, error in initialised.items():
+        if healing is None:
+            errors[name] = Errors(error)
+        else:
+            healed = healing.blocks[name]
+            errors[name] = Errors(healed.error_before, healed.error_after_blocks, healed.error_after)
+    return Result(
+        model=final,
+        blocks=[found.block for found in survey.found],
+        recipe=recipe,
+        plan=prepared.plans,
+        errors=errors,
+        healing=healing,
+        left=survey.left,
+        warnings=[*prepared.warnings, *_unhealed(prepared, healing, recipe)],
+        rewritten=student.blocks,
+        _found=survey.selected,
+        _origin=origin,
+    )
+
+
+def unchanged(model: nn.Module, survey: Survey, recipe: Recipe, origin: Origin) -> Result:
+    """The result of a conversion that found nothing to rewrite."""
+    blocks = [found.block for found in survey.found]
+    return Result(model, blocks, recipe, left=survey.left, warnings=["nothing was rewritten"], _origin=origin)
+
+
+def _unhealed(prepared: Prepared, healing: HealReport | None, recipe: Recipe) -> list[str]:
+    notes = []
+    if prepared.statistics is None and recipe.init == "activation":
+        notes.append("no calibration data: the start was computed from the weights alone")
+    if healing is not None:
+        notes.extend(healing.notes)
+    elif recipe.heal_steps != 0:
+        notes.append("no calibration data: nothing was healed")
+    return notes

@@ -1,0 +1,71 @@
+"""The model card: README.md of a converted model, with the recipe that made it and the numbers it reached."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import yaml
+
+from latentize import __version__
+
+if TYPE_CHECKING:
+    from latentize.api import Result
+    from latentize.artefact import Origin
+
+
+def model_card(result: Result, origin: Origin) -> str:
+    """Markdown that says what was converted, how, and what it cost."""
+    recipe = yaml.safe_dump(result.recipe.model_dump(mode="json"), sort_keys=False).strip()
+    parts = [
+        f"# {origin.class_name}, converted to LatentMoE",
+        _summary(result),
+        "## Use",
+        f"```python\n{_usage(origin)}\n```",
+        "## Recipe",
+        f"```yaml\n{recipe}\n```",
+        "## Blocks",
+        _blocks(result),
+    ]
+    healing = result.healing
+    if healing is not None:
+        parts.append(
+            f"Healed for {healing.block_steps} block-wise and {healing.model_steps} end-to-end steps; distance to the "
+            f"original's output on held-out batches ({healing.loss_kind}): {healing.loss_before:.4g} before, "
+            f"{healing.loss_after:.4g} after."
+        )
+    if result.warnings:
+        parts += ["## Notes", "\n".join(f"- {line}" for line in result.warnings)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(result: Result) -> str:
+    return (
+        f"Made by latentize {__version__}. The routed experts of {len(result.rewritten)} blocks work at a latent "
+        "width; everything outside those blocks is as it was."
+    )
+
+
+def _usage(origin: Origin) -> str:
+    if origin.config is None and origin.form == "module":
+        return 'import latentize\n\nmodel = latentize.load(".", model=build_the_original())'
+    return 'import latentize\n\nmodel = latentize.load(".")'
+
+
+def _blocks(result: Result) -> str:
+    rows = [
+        "| block | status | d → ℓ | N → N' | k → k' | error, initialised | error, healed |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for block in result.blocks:
+        plan, errors = result.plan.get(block.name), result.errors.get(block.name)
+        if plan is None or errors is None:
+            why = block.reason or result.left.get(block.name, "")
+            rows.append(f"| {block.name} | {block.status}: left as it is{f' ({why})' if why else ''} | | | | | |")
+            continue
+        healed = errors.healed_end_to_end
+        rows.append(
+            f"| {block.name} | rewritten | {plan.hidden_size} → {plan.latent_dim} | {plan.num_experts} → "
+            f"{plan.new_num_experts} | {plan.top_k} → {plan.new_top_k} | {errors.initialised:.4f} | "
+            f"{'' if healed is None else f'{healed:.4f}'} |"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,253 @@
+"""The command line: arguments in, exit code out. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import errno
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from latentize import __version__
+from latentize.errors import LatentizeError
+
+EXPORTS = ("onnx", "tensorrt")
+_HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class _Commands(click.Group):
+    """Subcommands beside a default one: an argument that names no subcommand is the MODEL to convert."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("-h", "--help", "--version"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        convert = self.commands["convert"]
+        convert.format_options(click.Context(convert, info_name=ctx.info_name), formatter)
+        self.format_commands(ctx, formatter)
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "MODEL [-o OUT] [OPTIONS]")
+        formatter.write_usage(ctx.command_path, "COMMAND [ARGS]...", prefix="       ")
+
+
+@click.group(cls=_Commands, context_settings=_HELP, invoke_without_command=True)
+@click.version_option(__version__, prog_name="latentize", message="%(prog)s %(version)s")
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Compile a trained Mixture-of-Experts model into LatentMoE.
+
+    MODEL is model.py or model.py:factory (it defines build_model and example_inputs, and may define calibration_data
+    and evaluate), a Hugging Face model directory, or a .pt2 file.
+
+    Exit codes: 0 done, 2 a fault in what was given, 3 no MoE block to rewrite, 4 an accuracy or agreement gate failed,
+    5 out of memory or disk, 130 interrupted (continue with --resume), 1 a bug.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        context.exit(2)
+
+
+def _common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every command has."""
+    options = [
+        click.option("-v", "--verbose", count=True, help="Say more; -vv lets other libraries speak too."),
+        click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors."),
+        click.option("--log-file", type=click.Path(path_type=Path, dir_okay=False), help="Keep a detailed log here."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command(hidden=True)
+@click.argument("model")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-latent]")
+@click.option("--compression", type=float, help="α: divide the experts' width by this. [default: 2]")
+@click.option("--latent-dim", type=int, help="ℓ: the experts' width, instead of --compression.")
+@click.option(
+    "--variant",
+    type=click.Choice(["acc", "eff", "fixed"]),
+    help="What the saving buys: acc αN experts and αk active, eff αN experts, fixed neither. [default: acc]",
+)
+@click.option(
+    "--heal",
+    "heal_steps",
+    type=click.IntRange(min=0),
+    metavar="STEPS",
+    help="Steps of distillation after the start; 0 does not heal. [default: chosen]",
+)
+@click.option("--export", "exports", metavar="LIST", help="Comma-separated: onnx, tensorrt.")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file of recipe fields.")
+@click.option("--seed", type=int, help="Seed of everything random. [default: 0]")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything and print the plan, without the long work and the writes."
+)
+@click.option("--resume", is_flag=True, help="Continue an interrupted run with the same arguments.")
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Fail (exit 4) when the first value of evaluate rises by more than this fraction; 0.01 is 1 %.",
+)
+@_common
+def convert(
+    model: str, out: Path | None, exports: str | None, recipe_file: Path | None, dry_run: bool, resume: bool,
+    max_loss: float | None, verbose: int, quiet: bool, log_file: Path | None, **fields: Any,
+) -> None:  # fmt: skip
+    """Convert MODEL."""
+    recipe = _recipe(recipe_file, fields)
+    wanted = _exports(exports)
+    _start(verbose, quiet, log_file)
+    from latentize import run
+
+    run.convert(
+        run.Options(
+            model=model, out=out if out is not None else default_out(model), recipe=recipe, exports=wanted,
+            dry_run=dry_run, resume=resume, max_loss=max_loss, quiet=quiet,
+        )
+    )  # fmt: skip
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_common
+def inspect(model: str, as_json: bool, verbose: int, quiet: bool, log_file: Path | None) -> None:
+    """List every MoE block of MODEL and what it was proved to compute."""
+    _start(verbose, quiet, log_file)
+    from latentize import run
+
+    run.inspect(model, as_json=as_json, quiet=quiet)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--original", metavar="MODEL", help="The original, where it is no longer where it was.")
+@_common
+def compare(out: Path, original: str | None, verbose: int, quiet: bool, log_file: Path | None) -> None:
+    """Compare the converted model in OUT with its original."""
+    _start(verbose, quiet, log_file)
+    from latentize import run_compare
+
+    run_compare.compare(out, original, quiet=quiet)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--original", metavar="MODEL", help="The original, where it is no longer where it was.")
+@_common
+def bench(out: Path, original: str | None, verbose: int, quiet: bool, log_file: Path | None) -> None:
+    """Time the converted model in OUT and its original, in PyTorch and, where exported, in onnxruntime."""
+    _start(verbose, quiet, log_file)
+    from latentize import run_compare
+
+    run_compare.bench(out, original, quiet=quiet)
+
+
+@cli.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@_common
+def build(out: Path, verbose: int, quiet: bool, log_file: Path | None) -> None:
+    """Build inference engines from the converted model in OUT."""
+    _start(verbose, quiet, log_file)
+    from latentize import run_compare
+
+    run_compare.build(out)
+
+
+def default_out(model: str) -> Path:
+    """The folder that a conversion of MODEL writes when none is named, e.g. "net.py:small" -> "net-small-latent"."""
+    path, _, factory = model.partition(".py:")
+    stem = Path(path).resolve().name if Path(path).is_dir() else Path(path).stem
+    return Path("-".join(part for part in (stem, factory, "latent") if part))
+
+
+def _recipe(file: Path | None, given: dict[str, Any]) -> Any:
+    """The recipe of the file with what the command line says on top."""
+    from latentize.recipe import Recipe, read_yaml
+
+    fields = {} if file is None else read_yaml(file)
+    explicit = {name: value for name, value in given.items() if value is not None}
+    if "compression" in explicit and "latent_dim" in explicit:
+        raise LatentizeError("--compression and --latent-dim both set the experts' width; give one of them")
+    if "compression" in explicit:
+        fields.pop("latent_dim", None)
+    return Recipe(**{**fields, **explicit})
+
+
+def _exports(text: str | None) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    unknown = [name for name in names if name not in EXPORTS]
+    if unknown:
+        raise LatentizeError(f"--export {unknown[0]}: not a format latentize writes; choose from {', '.join(EXPORTS)}")
+    return names
+
+
+def _start(verbose: int, quiet: bool, log_file: Path | None) -> None:
+    from latentize import log
+
+    log.configure(-1 if quiet else verbose, log_file)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with the code of the contract; a bug shows its traceback and exits with 1."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        result = cli.main(args=list(arguments), prog_name="latentize", standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message() + "; see latentize --help", 2)
+    except LatentizeError as error:
+        _debug(error)
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail(_interrupted(arguments), 130)
+    except Exception as error:
+        problem = _resource_problem(error)
+        if problem is None:
+            raise
+        _debug(error)
+        _fail(problem, 5)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"latentize: {' '.join(message.split())}", err=True)
+    sys.exit(code)
+
+
+def _debug(error: BaseException) -> None:
+    import logging
+
+    logging.getLogger("latentize").debug("details", exc_info=error)
+
+
+def _interrupted(arguments: list[str]) -> str:
+    converts = bool(arguments) and arguments[0] not in ("inspect", "compare", "bench", "build")
+    if not converts or "--dry-run" in arguments:
+        return "interrupted"
+    again = [*arguments] if "--resume" in arguments else [*arguments, "--resume"]
+    return f"interrupted; continue with: latentize {shlex.join(again)}"
+
+
+def _resource_problem(error: Exception) -> str | None:
+    """What ran out, for errors that say so whoever raised them; None for any other."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    no_memory = ("can't allocate memory", "not enough memory", "out of memory")
+    if isinstance(error, MemoryError) or any(name.__name__ == "OutOfMemoryError" for name in type(error).__mro__):
+        return f"out of memory ({text}); give smaller calibration batches, or use a machine with more memory"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return f"out of memory ({text}); use a machine with more memory"
+    if isinstance(error, RuntimeError) and any(words in text for words in no_memory):
+        return f"out of memory ({text}); give smaller calibration batches, or use a machine with more memory"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or "No space left on device" in text:
+        return f"the disk is full ({text}); free some space, then continue with --resume"
+    return None

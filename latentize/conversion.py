@@ -1,0 +1,234 @@
+"""The steps from a model to its rewritten form, each a function: `latentize.convert` and the command line join them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from latentize import passes
+from latentize.compare import block_errors
+from latentize.errors import LatentizeError
+from latentize.initialise import initialise
+from latentize.inputs import Batch, observing
+from latentize.moe import LatentMoE
+from latentize.plan import BlockPlan, make_plan
+from latentize.progress import Progress, silent
+from latentize.recipe import Recipe
+from latentize.sources import as_inputs, check_runs, first_line, out_of_memory
+from latentize.spec import MoESpec
+from latentize.statistics import BlockStatistics, collect
+
+if TYPE_CHECKING:
+    from latentize.passes import Found
+
+#: Calibration tokens of a block that are kept, and batches that errors are measured on.
+SAMPLE_TOKENS = 32768
+ERROR_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a model holds: every place that looks like an MoE, those to rewrite, and why other MoEs are left alone."""
+
+    found: tuple[Found, ...]
+    selected: tuple[Found, ...]
+    left: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A model and the `LatentMoE` blocks inside it, by the names of the original blocks."""
+
+    model: nn.Module
+    blocks: Mapping[str, LatentMoE]
+
+    @property
+    def specs(self) -> dict[str, MoESpec]:
+        """The blocks' specs, with their tensors as they are now."""
+        return {name: block.spec for name, block in self.blocks.items()}
+
+
+def survey(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], recipe: Recipe) -> Survey:
+    """Find every block, and select the proved ones that the recipe's patterns name.
+
+    Raises:
+        LatentizeError: a selected block could not be proved because its weights are not there.
+    """
+    found = find(model, args, kwargs)
+    selected, left = [], {}
+    for item in found:
+        block = item.block
+        if block.status != "moe":
+            continue
+        if not any(fnmatchcase(block.name, pattern) for pattern in recipe.include):
+            left[block.name] = f"no include pattern of the recipe names it ({', '.join(recipe.include)})"
+        elif any(fnmatchcase(block.name, pattern) for pattern in recipe.exclude):
+            left[block.name] = "an exclude pattern of the recipe names it"
+        elif block.max_error is None:
+            raise LatentizeError(
+                f"block {block.name!r}: only its structure was looked at, since its weights are on the meta device, "
+                "so nothing is proved; load the weights, then convert"
+            )
+        else:
+            selected.append(item)
+    return Survey(tuple(found), tuple(selected), left)
+
+
+def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Found]:
+    """Every place of a model that looks like an MoE; the model, its modes and the random states are left as found."""
+    with workspace(), observing(model):
+        return list(passes.find_blocks(model, args, kwargs))
+
+
+def canonical(model: nn.Module, selected: Sequence[Found]) -> Rewritten:
+    """The model with the selected blocks in canonical form: exact, and sharing every weight with the original."""
+    blocks = {item.block.name: LatentMoE(spec_of(item)) for item in selected}
+    return Rewritten(passes.replace_blocks(model, selected, blocks), blocks)
+
+
+def rewrite(model: nn.Module, selected: Sequence[Found], specs: Mapping[str, MoESpec]) -> Rewritten:
+    """The model with each selected block replaced by `specs` of its name.
+
+    What the model and the specs share is copied, so that training the new blocks leaves the model as it is.
+    """
+    taken = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone() if tensor.untyped_storage().data_ptr() in taken else tensor.detach()
+
+    blocks = {}
+    for item in selected:
+        blocks[item.block.name] = LatentMoE(specs[item.block.name].map_tensors(own))
+    return Rewritten(passes.replace_blocks(model, selected, blocks), blocks)
+
+
+def spec_of(found: Found) -> MoESpec:
+    """The spec of a block that was lifted."""
+    assert found.block.spec is not None
+    return found.block.spec
+
+
+def batches_of(calibration: Iterable[Batch] | None, model: nn.Module) -> Sequence[Batch]:
+    """Calibration data as a sequence that can be gone through again; empty when there is none.
+
+    Args:
+        calibration: an iterable, possibly one-shot, of tuples (args) or dicts (kwargs); None for none.
+        model: checked to accept the first batch.
+
+    Raises:
+        LatentizeError: it is not an iterable of batches, is empty, or the model rejects the first batch.
+    """
+    if calibration is None:
+        return ()
+    if isinstance(calibration, (Mapping, Tensor, str)) or not isinstance(calibration, Iterable):
+        raise LatentizeError(
+            f"calibration: expected an iterable of batches, found one {type(calibration).__name__}; give a list of "
+            "tuples (arguments) or dicts (keyword arguments)"
+        )
+    batches = calibration if isinstance(calibration, (list, tuple)) else list(_produced(calibration))
+    if not batches:
+        raise LatentizeError(
+            "calibration: it holds no batch; give at least one, or none at all to use the weights alone"
+        )
+    for number, batch in enumerate(batches):
+        as_inputs(batch, f"calibration batch {number}")
+    args, kwargs = as_inputs(batches[0], "calibration batch 0")
+    with observing(model):
+        check_runs(model, args, kwargs, "calibration batch 0")
+    return batches
+
+
+def _produced(calibration: Iterable[Batch]) -> Iterator[Batch]:
+    number = 0
+    try:
+        for batch in calibration:
+            yield batch
+            number += 1
+    except LatentizeError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise LatentizeError(f"calibration batch {number}: producing it failed: {first_line(error)}") from error
+
+
+@contextmanager
+def workspace() -> Iterator[None]:
+    """No gradients and no inference mode, whatever the caller's: tensors made here can be trained later."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the first latent weight exists: the exact teacher, what data says of it, and the plan."""
+
+    teacher: Rewritten
+    statistics: Mapping[str, BlockStatistics] | None
+    plans: Mapping[str, BlockPlan]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the data left open."""
+        return [line for block in (self.statistics or {}).values() for line in block.warnings]
+
+
+def prepare(
+    model: nn.Module,
+    selected: Sequence[Found],
+    recipe: Recipe,
+    batches: Sequence[Batch],
+    *,
+    statistics: Mapping[str, BlockStatistics] | None = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Collect the statistics that the recipe asks for, unless they are given, and make the plan.
+
+    Raises:
+        LatentizeError: the model rejects a batch, or the recipe does not fit a block.
+    """
+    teacher = canonical(model, selected)
+    if statistics is None and batches and recipe.init == "activation":
+        statistics = measure(teacher, recipe, batches, progress)
+    return Prepared(teacher, statistics, make_plan(teacher.specs, recipe, statistics))
+
+
+def measure(
+    teacher: Rewritten, recipe: Recipe, batches: Sequence[Batch], progress: Progress = silent
+) -> dict[str, BlockStatistics]:
+    """What the batches say about every block.
+
+    Raises:
+        LatentizeError: the model rejects a batch, or its activations are never finite.
+    """
+    return collect(
+        teacher.model, teacher.blocks, batches, max_tokens=SAMPLE_TOKENS, seed=recipe.seed, progress=progress
+    )
+
+
+def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> dict[str, MoESpec]:
+    """The latent spec of every block, computed from the original's weights and the statistics."""
+    specs = {}
+    for done, (name, plan) in enumerate(prepared.plans.items()):
+        progress(done, len(prepared.plans), name)
+        statistics = None if prepared.statistics is None else prepared.statistics[name]
+        spec = initialise(prepared.teacher.blocks[name].spec, plan, statistics, seed=recipe.seed)
+        specs[name] = spec if recipe.dtype is None else spec.to(getattr(torch, recipe.dtype))
+    progress(len(prepared.plans), len(prepared.plans))
+    return specs
+
+
+def measure_errors(teacher: Rewritten, student: Rewritten, batches: Sequence[Batch]) -> dict[str, float]:
+    """Relative error of each new block on the original's own inputs, over some of the batches."""
+    return block_errors(teacher.blocks, student.blocks, teacher.model, batches[:ERROR_BATCHES])

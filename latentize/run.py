@@ -1,0 +1,327 @@
+"""The command-line job: the steps of a conversion with checks before, checkpoints between, and a report at the end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from latentize import api, conversion, run_report, staging, terminal
+from latentize.artefact import Origin
+from latentize.bench import Latency
+from latentize.blocks import Block
+from latentize.checkpoints import Checkpoints, fingerprint
+from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
+from latentize.conversion import Prepared, Rewritten, Survey
+from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
+from latentize.inputs import Batch, observing
+from latentize.load_balance import ExpertLoad, expert_load
+from latentize.progress import Steps
+from latentize.recipe import Recipe
+from latentize.report import OnnxAgreement
+from latentize.sources import Source, open_model, split_model
+from latentize.spec import MoESpec
+from latentize.statistics import BlockStatistics
+
+#: Batches that statistics are collected on in a dry run, and that loads and outputs are compared on at the end.
+_DRY_BATCHES, _COMPARE_BATCHES = 4, 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    model: str
+    out: Path
+    recipe: Recipe
+    exports: tuple[str, ...] = ()
+    dry_run: bool = False
+    resume: bool = False
+    max_loss: float | None = None
+    quiet: bool = False
+
+
+@dataclass
+class Job:
+    """One run: what was asked for, and what is known so far."""
+
+    options: Options
+    source: Source
+    survey: Survey
+    batches: Sequence[Batch]
+    origin: Origin
+    steps: Steps
+    console: Console
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def example(self) -> list[Batch]:
+        """The example inputs as one batch."""
+        return [self.source.kwargs or self.source.args]
+
+    @property
+    def compared(self) -> Sequence[Batch]:
+        """The batches that both models are compared on."""
+        return self.batches[-_COMPARE_BATCHES:] if self.batches else self.example
+
+
+def convert(options: Options) -> None:
+    """Convert a model as the command line asks.
+
+    Raises:
+        LatentizeError: and its subclasses, for every fault that is not ours.
+    """
+    console, progress = terminal.consoles(quiet=options.quiet)
+    steps = Steps(progress)
+    split_model(options.model)
+    check_request(options)
+    with steps.step("load"):
+        source = open_model(options.model)
+    if options.max_loss is not None and source.evaluate is None:
+        raise LatentizeError("--max-loss needs an evaluate(model) in model.py, which this model does not have; add one")
+    origin = Origin.of(source.model, source)
+    with steps.step("inspect"):
+        survey = conversion.survey(source.model, source.args, source.kwargs, options.recipe)
+    terminal.print_blocks(console, [found.block for found in survey.found], survey.left)
+    _require_blocks(options, survey)
+    batches: Sequence[Batch] = ()
+    if source.calibration is not None:
+        with steps.step("data"):
+            batches = conversion.batches_of(source.calibration(), source.model)
+    job = Job(options, source, survey, batches, origin, steps, console, list(source.notes))
+    with conversion.workspace():
+        if options.dry_run:
+            dry_run(job)
+        else:
+            run(job)
+
+
+def inspect(model: str, *, as_json: bool, quiet: bool) -> None:
+    """Print every block of a model.
+
+    Raises:
+        NothingToRewriteError: it holds no MoE, or every block was refused.
+    """
+    console, progress = terminal.consoles(quiet=quiet)
+    split_model(model)
+    steps = Steps(progress)
+    with steps.step("load"):
+        source = open_model(model)
+    with steps.step("inspect"):
+        blocks = api.inspect(source.model, source.args, source.kwargs)
+    if as_json:
+        console.file.write(json.dumps([run_report.block_json(block) for block in blocks], indent=2) + "\n")
+    else:
+        terminal.print_blocks(console, blocks)
+    if not any(block.status in ("moe", "latent") for block in blocks):
+        raise NothingToRewriteError(_nothing(model, blocks))
+
+
+def check_request(options: Options) -> None:
+    """Everything that can be known to fail before the model is opened.
+
+    Raises:
+        LatentizeError: OUT is not ours or cannot be written.
+        MissingExtraError: a package that an export needs is missing.
+    """
+    staging.check_target(options.out)
+    if "onnx" in options.exports:
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError(package, "onnx", "--export onnx")
+    if "tensorrt" in options.exports:
+        from latentize.run_compare import tensorrt_builder
+
+        tensorrt_builder("--export tensorrt")
+
+
+def dry_run(job: Job) -> None:
+    """Print the plan, having checked everything that could fail at the end; writes nothing."""
+    with job.steps.step("plan") as progress:
+        prepared = conversion.prepare(
+            job.source.model, job.survey.selected, job.options.recipe, job.batches[:_DRY_BATCHES], progress=progress
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        _export_original(job, Path(folder))
+    terminal.print_plan(job.console, run_report.plans(prepared))
+    staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options.exports))
+    seen = (
+        f"{min(len(job.batches), _DRY_BATCHES)} of {len(job.batches)} calibration batches" if job.batches else "no data"
+    )
+    notes = [f"errors are predicted from {seen}", *_plan_warnings(job, prepared), f"would write {job.options.out}"]
+    terminal.print_end(job.console, (), [*job.warnings, *notes], (), "")
+
+
+def run(job: Job) -> None:
+    """Convert, save, export, compare and report.
+
+    Raises:
+        GateError: an accuracy or agreement gate failed; OUT is written nevertheless, and says so.
+    """
+    kept = Checkpoints(job.options.out)
+    marks = fingerprint(job.source.model, job.options.recipe, job.batches)
+    if job.options.resume and not kept.open(marks, resume=True):
+        job.warnings.append("--resume: there was no interrupted run, so this one started from the beginning")
+    elif not job.options.resume:
+        kept.open(marks, resume=False)
+    graph = _export_original(job, kept.folder)
+    prepared, specs = _start(job, kept)
+    terminal.print_plan(job.console, run_report.plans(prepared, specs))
+    staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options.exports))
+    result, evaluation = _heal(job, kept, prepared, specs)
+    gates: list[Gate] = []
+    with staging.staged(job.options.out) as folder:
+        with job.steps.step("save"):
+            result.write(folder)
+        onnx = _export(job, folder, graph, prepared.teacher, result, gates)
+        measured = _compare(job, folder, prepared.teacher, result, evaluation, onnx, gates)
+        with job.steps.step("report"):
+            report = run_report.write(job, result, prepared, measured, folder)
+    kept.clear()
+    run_report.show(job.console, report, job.options.out)
+    require(gates)
+
+
+@dataclass
+class Measured:
+    """What the comparison found; None where it was not measured."""
+
+    evaluation: Evaluation | None
+    outputs: Any
+    loads: Mapping[str, tuple[ExpertLoad, ExpertLoad]]
+    latency: tuple[Latency, ...]
+    onnx: tuple[OnnxAgreement, ...] | None
+    gates: tuple[Gate, ...]
+
+
+def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
+    recipe, model, selected = job.options.recipe, job.source.model, job.survey.selected
+    statistics = None
+    if job.batches and recipe.init == "activation":
+        with job.steps.step("statistics") as progress:
+            statistics = kept.stage(
+                "statistics", dict[str, BlockStatistics],
+                lambda: conversion.measure(conversion.canonical(model, selected), recipe, job.batches, progress),
+            )  # fmt: skip
+    with job.steps.step("plan"):
+        prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics)
+    with job.steps.step("initialise") as progress:
+        specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))
+    return prepared, specs
+
+
+def _heal(
+    job: Job, kept: Checkpoints, prepared: Prepared, specs: Mapping[str, MoESpec]
+) -> tuple[api.Result, Evaluation | None]:
+    recipe, model = job.options.recipe, job.source.model
+    student = conversion.rewrite(model, job.survey.selected, specs)
+    with job.steps.step("evaluate") if job.source.evaluate is not None else nullcontext():
+        before = kept.stage("evaluation-original", dict[str, float], lambda: _evaluate(job, model))
+        start = kept.stage("evaluation-initialised", dict[str, float], lambda: _evaluate(job, student.model))
+    errors = kept.stage(
+        "errors-initialised", dict[str, float],
+        lambda: conversion.measure_errors(prepared.teacher, student, job.batches or job.example),
+    )  # fmt: skip
+    healing = None
+    if job.batches and recipe.heal_steps != 0:
+        with job.steps.step("heal") as progress:
+            healing = api.heal_student(
+                student, prepared.teacher, job.batches, recipe, progress=progress, checkpoint=kept.folder / "heal"
+            )
+    result = api.finish(model, job.survey, prepared, student, errors, healing, recipe, job.origin)
+    if not before:
+        return result, None
+    with job.steps.step("evaluate"):
+        after = kept.stage("evaluation-rewritten", dict[str, float], lambda: _evaluate(job, student.model))
+    return result, Evaluation(before, after, start)
+
+
+def _evaluate(job: Job, model: Any) -> dict[str, float]:
+    """The model's own evaluation; empty when there is none."""
+    if job.source.evaluate is None:
+        return {}
+    with observing(model):
+        return job.source.evaluate(model)
+
+
+def _export_original(job: Job, folder: Path) -> Path | None:
+    """The original's graph, exported before the long work: what stops it would stop the rewritten model's too."""
+    if "onnx" not in job.options.exports:
+        return None
+    from latentize import run_onnx
+
+    with job.steps.step("export"):
+        canonical = conversion.canonical(job.source.model, job.survey.selected)
+        return run_onnx.export_original(job.source, canonical.model, folder)
+
+
+def _export(
+    job: Job, folder: Path, graph: Path | None, teacher: Rewritten, result: api.Result, gates: list[Gate]
+) -> tuple[OnnxAgreement, ...] | None:
+    if graph is None:
+        return None
+    from latentize import run_onnx
+
+    with job.steps.step("export"):
+        for file in graph.parent.glob(graph.name + "*"):
+            shutil.copyfile(file, folder / file.name)
+        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder)
+        rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
+        rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
+    title = "ONNX against PyTorch"
+    gates.extend(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance) for r in rows)
+    return tuple(rows)
+
+
+def _compare(
+    job: Job, folder: Path, teacher: Rewritten, result: api.Result, evaluation: Evaluation | None,
+    onnx: tuple[OnnxAgreement, ...] | None, gates: list[Gate],
+) -> Measured:  # fmt: skip
+    from latentize import run_compare
+
+    if evaluation is not None and job.options.max_loss is not None:
+        gates.append(loss_gate(evaluation, job.options.max_loss))
+    with job.steps.step("compare"):
+        outputs = output_agreement(job.source.model, result.model, job.compared)
+        before = expert_load(teacher.model, teacher.blocks, job.compared)
+        after = expert_load(result.model, result.rewritten, job.compared)
+    with job.steps.step("time"):
+        latency = run_compare.latencies(job.source, job.source.model, result.model, folder)
+    loads = {name: (before[name], after[name]) for name in after}
+    return Measured(evaluation, outputs, loads, latency, onnx, tuple(gates))
+
+
+def _require_blocks(options: Options, survey: Survey) -> None:
+    if survey.selected:
+        return
+    if survey.left:
+        name, why = next(iter(survey.left.items()))
+        raise LatentizeError(
+            f"the recipe selects none of the {len(survey.left)} blocks: {name}: {why}; change the patterns"
+        )
+    raise NothingToRewriteError(_nothing(options.model, [found.block for found in survey.found]))
+
+
+def _nothing(model: str, blocks: Sequence[Block]) -> str:
+    if not blocks:
+        return f"{model}: no MoE block found; there is nothing to rewrite"
+    refused = [f"{block.name}: {block.reason}" for block in blocks if block.status == "refused"]
+    if len(refused) < len(blocks):
+        return f"{model}: its blocks are latent already; there is nothing to rewrite"
+    more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
+    return f"{model}: every block was refused: {'; '.join(refused[:3])}{more}"
+
+
+def _plan_warnings(job: Job, prepared: Prepared) -> list[str]:
+    lines = [line for plan in prepared.plans.values() for line in plan.warnings]
+    if not job.batches:
+        lines.append("no calibration data: the weights decide alone and nothing is healed")
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,130 @@
+"""Commands on a folder that a conversion wrote: compare it with its original, time both, build engines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from latentize import artefact, terminal
+from latentize.bench import TOKENS, Latency, bench_models, bench_onnx
+from latentize.compare import Gate, evaluate_pair, output_agreement, require
+from latentize.conversion import batches_of
+from latentize.errors import LatentizeError
+from latentize.inputs import Batch, Inputs, runnable_at
+from latentize.progress import Steps
+from latentize.run_onnx import ORIGINAL, REWRITTEN, agreement
+from latentize.sources import Source, open_model
+
+#: Batches that outputs are compared on.
+_BATCHES = 8
+
+
+def compare(out: Path, original: str | None, *, quiet: bool) -> None:
+    """Compare the converted model in OUT, and its ONNX graph where there is one, with its original.
+
+    Raises:
+        LatentizeError: OUT is not ours, or its original is not found.
+        GateError: ONNX and PyTorch disagree.
+    """
+    console, progress = terminal.consoles(quiet=quiet)
+    steps = Steps(progress)
+    with steps.step("load"):
+        source, rewritten = open_pair(out, original)
+    notes: list[str] = list(source.notes)
+    gates: list[Gate] = []
+    with steps.step("compare"):
+        evaluation = None if source.evaluate is None else evaluate_pair(source.model, rewritten, source.evaluate)
+        outputs = output_agreement(source.model, rewritten, _batches(source))
+        rows = agreement("rewritten", out / REWRITTEN, rewritten, source, notes) if (out / REWRITTEN).exists() else []
+    terminal.print_evaluation(console, evaluation, outputs)
+    if rows:
+        terminal.print_onnx(console, rows)
+        gates = [Gate.of(f"ONNX against PyTorch, T = {row.tokens}", row.relative_error, row.tolerance) for row in rows]
+    terminal.print_end(console, gates, notes, (), str(out))
+    require(gates)
+
+
+def bench(out: Path, original: str | None, *, quiet: bool) -> None:
+    """Time the converted model in OUT and its original.
+
+    Raises:
+        LatentizeError: OUT is not ours, or its original is not found.
+    """
+    console, progress = terminal.consoles(quiet=quiet)
+    steps = Steps(progress)
+    with steps.step("load"):
+        source, rewritten = open_pair(out, original)
+    with steps.step("time"):
+        rows = latencies(source, source.model, rewritten, out)
+    terminal.print_latency(console, rows)
+
+
+def build(out: Path) -> None:
+    """Build engines from the converted model in OUT.
+
+    Raises:
+        LatentizeError: OUT is not ours, or there is nothing to build with.
+    """
+    artefact.read_manifest(out)
+    tensorrt_builder("latentize build")(out)
+
+
+def tensorrt_builder(feature: str) -> Any:
+    """The function that builds engines from a folder.
+
+    Raises:
+        LatentizeError: this installation cannot build any, and what it would take.
+    """
+    needs = "an NVIDIA GPU of compute capability 8.0 or later to run the engines, and pip install 'latentize[tensorrt]'"
+    name = "latentize.exporters.tensorrt"
+    builder = getattr(importlib.import_module(name), "build", None) if importlib.util.find_spec(name) else None
+    if builder is None:
+        raise LatentizeError(
+            f"{feature}: this version of latentize cannot build TensorRT engines yet; they will need {needs}. "
+            "Use --export onnx"
+        )
+    return builder
+
+
+def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module]:
+    """(the original as a source, the converted model) of a folder.
+
+    Raises:
+        LatentizeError: the folder is not ours, or the original is not where it was.
+    """
+    manifest = artefact.read_manifest(out)
+    text = original if original is not None else manifest.origin.text
+    if not text:
+        raise LatentizeError(
+            f"{out}: it was converted from Python, so its original is not known; give --original MODEL"
+        )
+    try:
+        source = open_model(text)
+    except LatentizeError as error:
+        if original is not None:
+            raise
+        raise LatentizeError(f"{out}: its original cannot be opened ({error}); give --original MODEL") from error
+    return source, artefact.load(out)
+
+
+def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder: Path) -> tuple[Latency, ...]:
+    """Latency of both models in PyTorch and, where both graphs are in `folder`, in onnxruntime."""
+
+    def make_inputs(tokens: int) -> Inputs | str:
+        inputs, reason = runnable_at(original, source.args, source.kwargs, tokens)
+        return reason if inputs is None else inputs
+
+    rows = bench_models(original, rewritten, make_inputs, TOKENS)
+    paths = {"original": folder / ORIGINAL, "rewritten": folder / REWRITTEN}
+    present = {name: path for name, path in paths.items() if path.exists()}
+    return rows + bench_onnx(present, make_inputs, TOKENS) if "rewritten" in present else rows
+
+
+def _batches(source: Source) -> list[Batch]:
+    if source.calibration is None:
+        return [source.kwargs or source.args]
+    return list(batches_of(source.calibration(), source.model))[-_BATCHES:]

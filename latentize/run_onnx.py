@@ -1,0 +1,115 @@
+"""The ONNX part of a run: both graphs, each checked against PyTorch on fresh inputs of several lengths."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from latentize.errors import GateError
+from latentize.inputs import Inputs, runnable_at
+from latentize.recipe import Recipe
+from latentize.report import OnnxAgreement
+from latentize.sources import Source
+
+ORIGINAL, REWRITTEN = "original.onnx", "model.onnx"
+#: Lengths that graphs are checked at: one token, a few, more than a batch.
+TOKENS = (1, 16, 256)
+
+
+def export_original(source: Source, canonical: nn.Module, folder: Path) -> Path:
+    """Export the original with its blocks in canonical form, as the graph to compare the rewritten one with.
+
+    It comes first in a run: what stops it would stop the rewritten model too, after all the work.
+
+    Raises:
+        LatentizeError: the model cannot be exported.
+    """
+    from latentize.exporters.onnx import export_onnx
+
+    path = folder / ORIGINAL
+    export_onnx(canonical, source.args, source.kwargs, path, metadata={"latentize.model": "original"})
+    return path
+
+
+def export_rewritten(source: Source, model: nn.Module, recipe: Recipe, folder: Path) -> Path:
+    """Export the rewritten model, with its recipe among the metadata.
+
+    Raises:
+        LatentizeError: the model cannot be exported.
+    """
+    from latentize.exporters.onnx import export_onnx
+
+    path = folder / REWRITTEN
+    metadata = {"latentize.model": "rewritten", "latentize.recipe": json.dumps(recipe.model_dump(mode="json"))}
+    export_onnx(model, source.args, source.kwargs, path, metadata=metadata)
+    return path
+
+
+def agreement(
+    which: Literal["original", "rewritten"], path: Path, model: nn.Module, source: Source, notes: list[str]
+) -> list[OnnxAgreement]:
+    """The graph against the model at every length of `TOKENS` that the model takes, on values drawn anew.
+
+    A graph that cannot run or returns other shapes has an infinite error; `notes` gets the reason.
+    """
+    from latentize.exporters.onnx_check import TOLERANCES, check_onnx
+
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tolerance = TOLERANCES.get(dtype, 1e-5)
+    rows = []
+    for tokens, inputs in _lengths(source, model, notes):
+        drawn = redraw(inputs, source, tokens)
+        try:
+            error = check_onnx(path, model, [(drawn.args, drawn.kwargs)], tolerance=math.inf).error
+        except GateError as problem:
+            notes.append(str(problem))
+            error = math.inf
+        rows.append(OnnxAgreement(which, tokens, error, tolerance, error <= tolerance))
+    return rows
+
+
+def redraw(inputs: Inputs, source: Source, seed: int) -> Inputs:
+    """The same shapes with fresh values: integers from those of the example inputs, floats normal of the same spread.
+
+    Positions (integers that count up), masks (two values or fewer) and tensors with infinities stay as they are.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pools = iter(Inputs(source.args, source.kwargs).tensors())
+
+    def draw(leaf: object) -> object:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        pool = next(pools, leaf)
+        if leaf.is_floating_point():
+            if not bool(torch.isfinite(pool).all()) or pool.numel() < 2:
+                return leaf
+            normal = torch.randn(leaf.shape, generator=generator, dtype=torch.float32)
+            return (normal * pool.float().std() + pool.float().mean()).to(leaf.dtype)
+        values = pool.unique()
+        counts_up = pool.shape[-1:] != (1,) and pool.ndim > 0 and bool((pool.diff(dim=-1) == 1).all())
+        if leaf.dtype == torch.bool or len(values) <= 2 or counts_up:
+            return leaf
+        return values[torch.randint(len(values), leaf.shape, generator=generator)]
+
+    args, kwargs = pytree.tree_map(draw, (inputs.args, dict(inputs.kwargs)))
+    return Inputs(args, kwargs)
+
+
+def _lengths(source: Source, model: nn.Module, notes: list[str]) -> list[tuple[int, Inputs]]:
+    found = []
+    for tokens in TOKENS:
+        inputs, reason = runnable_at(model, source.args, source.kwargs, tokens)
+        if inputs is None:
+            notes.append(f"ONNX at T = {tokens}: not checked: {reason}")
+        else:
+            found.append((tokens, inputs))
+    if not found:
+        sizes = [t.shape[0] for t in Inputs(source.args, source.kwargs).tensors() if t.ndim]
+        found.append((sizes[0] if sizes else 1, Inputs(source.args, source.kwargs)))
+    return found

@@ -1,0 +1,177 @@
+"""What a run found, put into the report: records of blocks, model, stages and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import Tensor, nn
+
+from latentize import __version__, report, store, terminal
+from latentize.blocks import Block
+from latentize.conversion import Prepared
+from latentize.errors import MissingExtraError
+from latentize.heal import HealPlan
+from latentize.plan import BlockPlan
+from latentize.report import BlockRecord, Calibration, Environment, File, Model, Plan, Report, Stage
+from latentize.run_onnx import ORIGINAL, REWRITTEN
+from latentize.spec import MoESpec
+
+if TYPE_CHECKING:
+    from latentize.api import Result
+    from latentize.run import Job, Measured
+
+_FORMS = {"file": "model.py", "hf": "huggingface", "pt2": "pt2", "module": "python"}
+_FILES = {
+    "latentize.json": "what rebuilds the model", "README.md": "model card", report.JSON_NAME: "this run, as data",
+    report.HTML_NAME: "this run, as a page", REWRITTEN: "the rewritten model as an ONNX graph",
+    ORIGINAL: "the original as an ONNX graph, to compare with", "config.json": "transformers configuration",
+}  # fmt: skip
+
+
+def plans(prepared: Prepared, specs: Mapping[str, MoESpec] | None = None) -> dict[str, Plan]:
+    """The plan of every block as the report has it; stored bytes are exact where the new `specs` are known."""
+    found = {}
+    for name, plan in prepared.plans.items():
+        before = _bytes(prepared.teacher.blocks[name].spec)
+        after = _bytes(specs[name]) if specs is not None else _stored_after(plan)
+        found[name] = _plan(plan, before, after)
+    return found
+
+
+def estimated_bytes(model: nn.Module, prepared: Prepared, exports: tuple[str, ...]) -> int:
+    """Bytes that a run will write, about: the model, its graphs, and the checkpoints on the way."""
+    whole = _state_bytes(model)
+    blocks = sum(_bytes(block.spec) for block in prepared.teacher.blocks.values())
+    new = sum(_stored_after(plan) for plan in prepared.plans.values())
+    after = whole - blocks + new
+    graphs = (whole + after) if "onnx" in exports else 0
+    return after + graphs + 4 * new + 2**20
+
+
+def write(job: Job, result: Result, prepared: Prepared, measured: Measured, folder: Path) -> Report:
+    """Assemble the report of a run and write it into `folder`; without the packages for the page only its data."""
+    options = job.options
+    warnings = [*job.warnings, *(line for plan in prepared.plans.values() for line in plan.warnings), *result.warnings]
+    made = Report(
+        tool_version=__version__,
+        model=_model(job, result),
+        environment=Environment.here(),
+        recipe=options.recipe.model_dump(mode="json"),
+        blocks=tuple(_records(result, prepared, measured)),
+        calibration=_calibration(job, prepared),
+        evaluation=measured.evaluation,
+        outputs=measured.outputs,
+        latency=measured.latency,
+        onnx=measured.onnx,
+        gates=measured.gates,
+        stages=tuple(Stage(step.name, step.seconds, step.peak_bytes) for step in job.steps.records),
+        warnings=tuple(dict.fromkeys(warnings)),
+        files=tuple(_files(folder)),
+    )
+    try:
+        report.write(made, folder)
+    except MissingExtraError as error:
+        job.warnings.append(str(error))
+    return made
+
+
+def show(console: Console, made: Report, out: Path) -> None:
+    """Print a report's findings; the plan was printed before."""
+    terminal.print_errors(console, made.blocks)
+    terminal.print_evaluation(console, made.evaluation, made.outputs)
+    if made.latency:
+        terminal.print_latency(console, made.latency)
+    if made.onnx:
+        terminal.print_onnx(console, made.onnx)
+    terminal.print_end(console, made.gates, made.warnings, made.files, str(out))
+
+
+def block_json(block: Block) -> dict[str, Any]:
+    """A block as JSON: sizes and evidence, without its tensors."""
+    record = store.encode(BlockRecord.of(block), lambda _path, tensor: list(tensor.shape))
+    return {name: record[name] for name in ("name", "status", "reason", "computes", "sizes", "max_error", "evidence")}
+
+
+def _plan(plan: BlockPlan, stored_before: int, stored_after: int) -> Plan:
+    return Plan(
+        hidden_size=plan.hidden_size,
+        latent_dim=plan.latent_dim,
+        num_experts_before=plan.num_experts,
+        num_experts_after=plan.new_num_experts,
+        top_k_before=plan.top_k,
+        top_k_after=plan.new_top_k,
+        weight_bytes_before=plan.expert_bytes_before,
+        weight_bytes_after=plan.expert_bytes_after + plan.projection_bytes,
+        dispatch_bytes_before=plan.dispatched_bytes_before,
+        dispatch_bytes_after=plan.dispatched_bytes_after,
+        stored_bytes_before=stored_before,
+        stored_bytes_after=stored_after,
+        flops_before=plan.flops_before,
+        flops_after=plan.flops_after,
+        predicted_error=plan.predicted_error,
+        spectrum=plan.spectrum,
+        projection_bytes=plan.projection_bytes,
+    )
+
+
+def _records(result: Result, prepared: Prepared, measured: Measured) -> Iterator[BlockRecord]:
+    made = plans(prepared, {name: block.spec for name, block in result.rewritten.items()})
+    for block in result.blocks:
+        if block.name not in made:
+            reason = {"reason": result.left[block.name]} if block.name in result.left else {}
+            yield BlockRecord.of(block, **reason)
+            continue
+        before, after = measured.loads.get(block.name, (None, None))
+        yield BlockRecord.of(
+            block, plan=made[block.name], errors=result.errors[block.name], load_before=before, load_after=after
+        )
+
+
+def _model(job: Job, result: Result) -> Model:
+    source = job.source
+    return Model(
+        form=_FORMS[source.form],
+        name=job.options.model,
+        class_name=type(source.model).__name__,
+        parameters_before=sum(p.numel() for p in source.model.parameters()),
+        parameters_after=sum(p.numel() for p in result.model.parameters()),
+        bytes_before=_state_bytes(source.model),
+        bytes_after=_state_bytes(result.model),
+    )
+
+
+def _calibration(job: Job, prepared: Prepared) -> Calibration | None:
+    if not job.batches:
+        return None
+    tokens = max((block.tokens for block in (prepared.statistics or {}).values()), default=0)
+    steps = HealPlan.chosen(job.options.recipe.heal_steps).steps
+    return Calibration(len(job.batches), tokens, steps)
+
+
+def _files(folder: Path) -> Iterator[File]:
+    present = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    for name in (report.JSON_NAME, report.HTML_NAME):
+        present.setdefault(name, 0)
+    for name, size in sorted(present.items()):
+        what = _FILES.get(name, "weights" if name.endswith(".safetensors") else "part of the model")
+        yield File(name, what, size or None)
+
+
+def _bytes(spec: MoESpec) -> int:
+    return sum(tensor.nbytes for tensor in spec.tensors().values())
+
+
+def _stored_after(plan: BlockPlan) -> int:
+    """Bytes of a block's experts and projections once it is rewritten."""
+    return plan.new_num_experts * plan.expert_bytes_after // plan.new_top_k + plan.projection_bytes
+
+
+def _state_bytes(model: nn.Module) -> int:
+    seen: dict[int, int] = {}
+    for tensor in model.state_dict(keep_vars=True).values():
+        if isinstance(tensor, Tensor):
+            seen[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+    return sum(seen.values())

@@ -1,0 +1,143 @@
+"""Folders that appear complete or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from latentize.errors import LatentizeError, ResourceError
+
+MANIFEST = "latentize.json"
+#: What a folder of ours may hold besides the files its manifest lists: written by later commands.
+_LATER = {".onnx", ".data", ".engine", ".plan", ".cache", ".json", ".html", ".safetensors"}
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that takes its place when the block ends without an error, and is deleted otherwise.
+
+    Raises:
+        LatentizeError: `out` exists and is not ours, or cannot be written.
+        ResourceError: the disk is full.
+    """
+    check_target(out)
+    folder: Path | None = None
+    try:
+        with disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+            folder.chmod(0o755)
+        with disk_errors(out):
+            yield folder
+            _publish(folder, out)
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_target(out: Path) -> None:
+    """Refuse an OUT that holds anything but an earlier result of ours, or that cannot be written.
+
+    Raises:
+        LatentizeError: saying what is in the way.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise LatentizeError(f"{out}: the folder {parent} cannot be written; choose another place with -o")
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise LatentizeError(f"{out}: exists and is a file; choose another place with -o")
+    files = {file.name for file in out.iterdir()}
+    if not files:
+        return
+    if not is_ours(out):
+        raise LatentizeError(
+            f"{out}: exists and was not written by latentize; choose another place with -o, or remove it"
+        )
+    listed = set(json.loads((out / MANIFEST).read_text()).get("files", []))
+    foreign = sorted(name for name in files - listed - {MANIFEST} if Path(name).suffix not in _LATER)
+    if foreign:
+        raise LatentizeError(
+            f"{out}: holds {foreign[0]!r}, which latentize did not write and would delete; move it away"
+        )
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder was written by latentize."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == "latentize"
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        ResourceError: fewer than `needed` bytes are free where `out` goes.
+    """
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ResourceError(
+            f"{out}: about {needed / 2**20:,.0f} MiB will be written and {free / 2**20:,.0f} MiB are free on {parent}; "
+            "free some space, or choose another place with -o"
+        )
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full disk and a place that cannot be written into errors of ours.
+
+    Raises:
+        ResourceError: the disk is full.
+        LatentizeError: `out` cannot be written.
+    """
+    try:
+        yield
+    except LatentizeError:
+        raise
+    except Exception as error:
+        if disk_full(error):
+            raise ResourceError(
+                f"{out}: the disk is full; nothing was left there: free some space and run again"
+            ) from error
+        if isinstance(error, PermissionError):
+            raise LatentizeError(
+                f"{out}: cannot be written ({error.strerror}); choose another place with -o"
+            ) from error
+        raise
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk or the quota is full, whoever raised it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    if not out.exists():
+        folder.rename(out)
+        return
+    old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
+    out.rename(old / out.name)
+    try:
+        folder.rename(out)
+    except BaseException:
+        (old / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

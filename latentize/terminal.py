@@ -1,0 +1,164 @@
+"""What a run says on the terminal: short tables of what was found, planned and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from latentize.bench import Latency, Timing
+from latentize.blocks import Block
+from latentize.compare import Evaluation, Gate, OutputAgreement
+from latentize.load_balance import ExpertLoad
+from latentize.report import BlockRecord, File, OnnxAgreement, Plan
+
+
+def consoles(*, quiet: bool) -> tuple[Console, Console | None]:
+    """(console for results, console for progress or None); `quiet` silences both."""
+    width = None if Console().is_terminal else 140
+    results = Console(quiet=quiet, width=width, highlight=False)
+    return results, None if quiet else Console(stderr=True, highlight=False)
+
+
+def print_blocks(console: Console, blocks: Sequence[Block], left: Mapping[str, str] | None = None) -> None:
+    """Every block found: what it was proved to compute and with what error, or why it was refused."""
+    if not blocks:
+        console.print("No MoE block found, and nothing that looks like one.")
+        return
+    table = _table("Blocks found", "block", "status", "computes, or why not", "max error")
+    for block in blocks:
+        what = block.spec.describe() if block.spec is not None else block.reason
+        if left and block.name in left:
+            what = f"{what} [left alone: {left[block.name]}]"
+        table.add_row(block.name, block.status, _plain(what), _small(block.max_error))
+    console.print(table)
+
+
+def print_plan(console: Console, plans: Mapping[str, Plan]) -> None:
+    """What becomes of each block, and what it costs per token before and after."""
+    table = _table("Plan", "block", "d → ℓ", "N → N'", "k → k'", "weight bytes/token", "dispatch bytes/token",
+                   "FLOPs/token", "stored", "predicted error")  # fmt: skip
+    for name, plan in plans.items():
+        table.add_row(
+            name,
+            f"{plan.hidden_size} → {plan.latent_dim}",
+            f"{plan.num_experts_before} → {plan.num_experts_after}",
+            f"{plan.top_k_before} → {plan.top_k_after}",
+            _change(plan.weight_bytes_before, plan.weight_bytes_after),
+            _change(plan.dispatch_bytes_before, plan.dispatch_bytes_after),
+            _change(plan.flops_before, plan.flops_after),
+            _change(plan.stored_bytes_before, plan.stored_bytes_after),
+            _small(plan.predicted_error),
+        )
+    console.print(table)
+
+
+def print_errors(console: Console, records: Iterable[BlockRecord]) -> None:
+    """Error and expert load of each rewritten block."""
+    table = _table("Error per block, and expert load (max/mean, entropy, dead)", "block", "initialised", "block-healed",
+                   "healed", "load before", "load after")  # fmt: skip
+    for record in records:
+        if record.errors is None:
+            continue
+        errors = record.errors
+        table.add_row(
+            record.name,
+            _small(errors.initialised),
+            _small(errors.healed_block),
+            _small(errors.healed_end_to_end),
+            _load(record.load_before),
+            _load(record.load_after),
+        )
+    console.print(table)
+
+
+def print_evaluation(console: Console, evaluation: Evaluation | None, outputs: OutputAgreement | None) -> None:
+    """The model's own scores and the agreement of outputs."""
+    if evaluation is not None:
+        table = _table("Evaluation (lower is better)", "", "original", "initialised", "rewritten", "change")
+        for name, before in evaluation.original.items():
+            start = None if evaluation.initialised is None else evaluation.initialised.get(name)
+            after = evaluation.rewritten[name]
+            change = f"{100 * (after - before) / abs(before):+.2f} %" if before else ""
+            table.add_row(name, f"{before:.4f}", "" if start is None else f"{start:.4f}", f"{after:.4f}", change)
+        console.print(table)
+    if outputs is not None:
+        words = [f"relative {outputs.relative:.2e}", f"cosine {outputs.cosine:.5f}"]
+        if outputs.kl_mean is not None:
+            words.append(f"KL {outputs.kl_mean:.2e} nats (p99 {outputs.kl_p99:.2e})")
+        if outputs.top1 is not None:
+            words.append(f"same best class {100 * outputs.top1:.1f} %")
+        console.print(f"Outputs against the original over {outputs.positions:,} positions: {', '.join(words)}")
+
+
+def print_latency(console: Console, rows: Sequence[Latency]) -> None:
+    """Median latency of both models."""
+    table = _table("Latency, ms (median of one sequence)", "backend", "T", "original", "rewritten", "ratio", "")
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        table.add_row(row.backend, str(row.tokens), _ms(row.original), _ms(row.rewritten), ratio, _plain(row.note))
+    console.print(table)
+
+
+def print_onnx(console: Console, rows: Sequence[OnnxAgreement]) -> None:
+    """Agreement of exported graphs with PyTorch."""
+    table = _table("ONNX against PyTorch", "graph", "T", "relative error", "allowed", "")
+    for row in rows:
+        table.add_row(
+            row.model, str(row.tokens), _small(row.relative_error), _small(row.tolerance), _passed(row.passed)
+        )
+    console.print(table)
+
+
+def print_end(
+    console: Console, gates: Sequence[Gate], warnings: Sequence[str], files: Sequence[File], out: str
+) -> None:
+    """Gates, warnings and where every file is."""
+    for gate in gates:
+        console.print(f"Gate {gate.name}: {gate.value:.4g}, allowed {gate.limit:.4g}: {_passed(gate.passed)}")
+    for warning in warnings:
+        console.print(f"Note: {_plain(warning)}")
+    if files:
+        table = _table(f"Files in {out}", "file", "what", "size")
+        for file in files:
+            table.add_row(file.path, file.what, "" if file.bytes is None else _amount(file.bytes, "B"))
+        console.print(table)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _small(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}" if value < 1e-3 else f"{value:.4f}"
+
+
+def _ms(timing: Timing | None) -> str:
+    return "" if timing is None else f"{timing.median_ms:.3g}"
+
+
+def _load(load: ExpertLoad | None) -> str:
+    return "" if load is None else f"{load.max_over_mean:.2f}, {load.entropy:.3f}, {load.dead}"
+
+
+def _passed(passed: bool) -> str:
+    return "passed" if passed else "FAILED"
+
+
+def _change(before: int, after: int) -> str:
+    return f"{_amount(before)} → {_amount(after)}"
+
+
+def _amount(value: float, unit: str = "") -> str:
+    for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {prefix}{unit}".rstrip()
+    return f"{value:g} {unit}".rstrip()
