@@ -4,7 +4,7 @@ tokens, and looking at a model leaves it as it was found."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,16 +59,19 @@ def with_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -
 
     The first tensor of one of these shapes decides: integers [B, T] (token ids), floats [B, T, d] (hidden states),
     floats [T, d]. In every tensor the axes of length T then get length `tokens` and a leading axis of length B gets
-    length 1; integers that count up along an axis (positions) go on counting. Nothing is run: see `runnable_at`.
+    length 1; other integers that count up along an axis (positions) go on counting. Nothing is run: see `runnable_at`.
     """
     inputs = Inputs(args, dict(kwargs))
-    sizes = next((found for tensor in inputs.tensors() if (found := _batch_and_tokens(tensor)) is not None), None)
+    leading = next((tensor for tensor in inputs.tensors() if _batch_and_tokens(tensor) is not None), None)
+    sizes = None if leading is None else _batch_and_tokens(leading)
     if sizes is None:
         return None
     batch, length = sizes
 
     def resize(leaf: Any) -> Any:
-        return _resize(leaf, batch, length, tokens) if isinstance(leaf, Tensor) else leaf
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return _resize(leaf, batch, length, tokens, _repeat_axis if leaf is leading else _continue_axis)
 
     new_args, new_kwargs = pytree.tree_map(resize, (inputs.args, inputs.kwargs))
     return Inputs(new_args, new_kwargs)
@@ -99,24 +102,29 @@ def _batch_and_tokens(tensor: Tensor) -> tuple[int | None, int] | None:
     return (tensor.shape[0], tensor.shape[1]) if tensor.ndim == 2 and not tensor.is_complex() else None
 
 
-def _resize(tensor: Tensor, batch: int | None, length: int, tokens: int) -> Tensor:
+def _resize(
+    tensor: Tensor, batch: int | None, length: int, tokens: int, along: Callable[[Tensor, int, int], Tensor]
+) -> Tensor:
     states = tensor.is_floating_point() and tensor.ndim == (2 if batch is None else 3)
     for axis in range(tensor.ndim - states):  # the last axis of hidden states is d, whatever its length
         size = tensor.shape[axis]
         if axis == 0 and batch is not None and tensor.ndim > 1 and size == batch:
             tensor = tensor[:1]
         elif size == length and size:
-            tensor = _resize_axis(tensor, axis, tokens)
+            tensor = along(tensor, axis, tokens)
     return tensor
 
 
-def _resize_axis(tensor: Tensor, axis: int, tokens: int) -> Tensor:
-    length = tensor.shape[axis]
-    index = torch.arange(tokens, device=tensor.device) % length
-    resized = tensor.index_select(axis, index)
-    if tensor.dtype in (torch.int32, torch.int64) and length > 1 and bool((tensor.diff(dim=axis) == 1).all()):
-        shape = [1] * tensor.ndim
-        shape[axis] = tokens
-        laps = torch.arange(tokens, device=tensor.device) // length * length
-        resized = resized + laps.to(tensor.dtype).view(shape)
-    return resized
+def _repeat_axis(tensor: Tensor, axis: int, tokens: int) -> Tensor:
+    return tensor.index_select(axis, torch.arange(tokens, device=tensor.device) % tensor.shape[axis])
+
+
+def _continue_axis(tensor: Tensor, axis: int, tokens: int) -> Tensor:
+    """Repeated, but positions go on counting."""
+    repeated, length = _repeat_axis(tensor, axis, tokens), tensor.shape[axis]
+    if tensor.dtype not in (torch.int32, torch.int64) or length < 2 or not bool((tensor.diff(dim=axis) == 1).all()):
+        return repeated
+    shape = [1] * tensor.ndim
+    shape[axis] = tokens
+    laps = torch.arange(tokens, device=tensor.device) // length * length
+    return repeated + laps.to(tensor.dtype).view(shape)

@@ -28,8 +28,11 @@ def render(report: Report) -> str:
     figures = {name: [Markup(svg) for svg in drawn] for name, drawn in _figures(report).items()}  # noqa: S704  ours
     style = Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))  # noqa: S704  ours
     page = environment.get_template("report.html.j2")
+    short, pattern = plots.short_names([block.name for block in report.rewritten])
     text: str = page.render(
         report=report,
+        short=dict(zip((block.name for block in report.rewritten), short, strict=True)),
+        pattern=pattern or "block",
         style=style,
         figures=figures,
         title=title(report),
@@ -79,7 +82,7 @@ def key_numbers(report: Report) -> Iterator[dict[str, str]]:
     if report.rewritten:
         sums = totals(report)
         for field, label, show in (
-            ("weight_bytes", "routed weights read for one token", size),
+            ("weight_bytes", "weights read for one token", size),
             ("dispatch_bytes", "dispatched per token", size),
             ("flops", "routed FLOPs per token", count),
         ):
