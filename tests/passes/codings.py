@@ -1,0 +1,32 @@
+"""Every coding of the zoo: MOES must be lifted exactly, NOT_MOES refused, EITHER lifted exactly or refused."""
+
+from __future__ import annotations
+
+import codings_around
+import codings_dispatch
+import codings_refused
+import codings_routing
+import codings_storage
+import torch
+from codings_base import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Coding, example
+from torch import Tensor, nn
+
+__all__ = ["EITHER", "EXPERTS", "HIDDEN", "INTERMEDIATE", "MOES", "NOT_MOES", "TOP_K", "build", "call", "example"]
+
+MOES: dict[str, type[Coding]] = {
+    **codings_storage.MOES, **codings_routing.MOES, **codings_dispatch.MOES, **codings_around.MOES
+}  # fmt: skip
+NOT_MOES: dict[str, type[Coding]] = codings_refused.NOT_MOES
+EITHER: dict[str, type[Coding]] = codings_refused.EITHER
+
+
+def build(case: type[Coding], seed: int = 0) -> Coding:
+    """The case in eval mode with seeded weights."""
+    torch.manual_seed(seed)
+    return case().eval()
+
+
+def call(case: type[Coding], model: nn.Module, x: Tensor) -> Tensor:
+    """Main output [B, T, ...] of `model`, a case or what became of it, for hidden states x [B, T, d]."""
+    args, kwargs = case.arguments(x.clone())
+    return case.hidden_first(model(*args, **kwargs))
