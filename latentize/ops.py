@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize import kernels_torch
+from latentize import kernels_native, kernels_torch
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
 
@@ -103,15 +103,15 @@ def _check(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -
 def _forward(hidden: Tensor, indices: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     experts, activation, weights_on_input = Experts(*rest[:6]), Activation(*rest[6:13]), rest[13]
     _check(hidden, indices, weights, experts)
-    return kernels_torch.forward(hidden, indices, weights, experts, activation, weights_on_input)
+    kernels = kernels_native if kernels_native.serves(hidden, experts) else kernels_torch
+    return kernels.forward(hidden, indices, weights, experts, activation, weights_on_input)
 
 
 @torch.library.impl("latentize::latent_experts_backward", "CompositeExplicitAutograd")
 def _backward(grad: Tensor, hidden: Tensor, indices: Tensor, weights: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     experts, activation, weights_on_input, experts_grad = Experts(*rest[:6]), Activation(*rest[6:13]), *rest[13:]
-    return tuple(
-        kernels_torch.backward(grad, hidden, indices, weights, experts, activation, weights_on_input, experts_grad)
-    )
+    kernels = kernels_native if kernels_native.serves_backward(hidden, experts) else kernels_torch
+    return tuple(kernels.backward(grad, hidden, indices, weights, experts, activation, weights_on_input, experts_grad))
 
 
 @torch.library.register_fake("latentize::latent_experts")  # type: ignore[untyped-decorator]

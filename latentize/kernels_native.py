@@ -1,0 +1,235 @@
+"""The routed experts on CPU by `kernels_native.cpp`, compiled once per machine at its first use and kept in a cache folder.
+
+Where no compiler is found, or `LATENTIZE_NATIVE=0` is set, `load` gives None and the plain torch kernels serve instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentize.activations import FUNCTIONS, Activation
+from latentize.kernels_torch import Experts, Gradients
+
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_SOURCE = Path(__file__).with_name("kernels_native.cpp")
+_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+#: From the widest to the plainest; the first that compiles is taken.
+_VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
+#: The numbers that the kernel knows activations by.
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(FUNCTIONS)}
+_FORWARD = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_BACKWARD = {torch.float32: "float32", torch.float64: "float64"}
+_NUMBERS = ctypes.c_int64 * 7
+_SCALARS = ctypes.c_double * 6
+
+
+@dataclass(frozen=True)
+class Library:
+    """The compiled kernels by dtype."""
+
+    forward: dict[torch.dtype, Callable[..., int]]
+    backward: dict[torch.dtype, Callable[..., int]]
+
+
+def load() -> Library | None:
+    """The compiled kernels, or None where they cannot be had. The first call may compile; safe to call from threads."""
+    with _lock:
+        return _load()
+
+
+def serves(hidden: Tensor, experts: Experts) -> bool:
+    """Whether the compiled forward can take these tensors as they are: on CPU, experts contiguous, kernels at hand."""
+    return hidden.device.type == "cpu" and hidden.dtype in _FORWARD and _contiguous(experts) and load() is not None
+
+
+def serves_backward(hidden: Tensor, experts: Experts) -> bool:
+    """As `serves`, for the backward: fp32 and fp64 only."""
+    return hidden.dtype in _BACKWARD and serves(hidden, experts)
+
+
+def forward(
+    hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts, activation: Activation, weights_on_input: bool
+) -> Tensor:
+    """Combined output [T, l] of the selected experts on hidden [T, l]; indices and weights are [T, k].
+
+    Raises:
+        ValueError: an index is negative.
+    """
+    library = load()
+    assert library is not None
+    out = hidden.new_empty(hidden.shape)
+    sizes, scalars = _describe(indices, experts, activation, weights_on_input)
+    tensors = _held(hidden, indices, weights, experts)
+    function = library.forward[hidden.dtype]
+    _raise(function(sizes, _pointers(tensors), scalars, out.data_ptr(), torch.get_num_threads()), indices)
+    return out
+
+
+def backward(
+    grad: Tensor,
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    experts: Experts,
+    activation: Activation,
+    weights_on_input: bool,
+    experts_grad: bool,
+) -> Gradients:
+    """Gradients from grad [T, l] of the combined output; `experts_grad` False leaves out those of the experts' tensors.
+
+    Raises:
+        ValueError: an index is negative.
+    """
+    library = load()
+    assert library is not None
+    like = (hidden, weights, *(experts if experts_grad else (None,) * 6))
+    gradients = Gradients(*(hidden.new_empty(0 if t is None else t.shape) for t in like))
+    sizes, scalars = _describe(indices, experts, activation, weights_on_input)
+    tensors = (*_held(hidden, indices, weights, experts), grad.contiguous())
+    outputs = _pointers([None if t is None else g for t, g in zip(like, gradients, strict=True)])
+    function = library.backward[hidden.dtype]
+    _raise(function(sizes, _pointers(tensors), scalars, outputs, torch.get_num_threads()), indices)
+    return gradients
+
+
+def _describe(
+    indices: Tensor, experts: Experts, a: Activation, on_input: bool
+) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_double]]:
+    n, m, width = experts.up.shape
+    sizes = _NUMBERS(*indices.shape, n, width, m, on_input, _ACTIVATION_NUMBERS[a.name])
+    low, high = -math.inf, math.inf
+    return sizes, _SCALARS(
+        a.alpha,
+        low if a.gate_min is None else a.gate_min,
+        high if a.gate_max is None else a.gate_max,
+        low if a.up_min is None else a.up_min,
+        high if a.up_max is None else a.up_max,
+        a.up_offset,
+    )
+
+
+def _held(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> tuple[Tensor | None, ...]:
+    """The tensors as the kernel reads them; the caller keeps them alive over the call."""
+    return (hidden.contiguous(), indices.contiguous(), weights.contiguous(), *experts)
+
+
+def _pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+
+
+def _contiguous(experts: Experts) -> bool:
+    return all(t is None or t.is_contiguous() for t in experts)
+
+
+def _raise(code: int, indices: Tensor) -> None:
+    if code == 1:
+        raise ValueError(f"indices {list(indices.shape)}: expected expert numbers >= 0, found {int(indices.amin())}")
+    if code:
+        raise MemoryError(f"latent_experts: no memory for the pairs of indices {list(indices.shape)}")
+
+
+@functools.cache
+def _load() -> Library | None:
+    if os.environ.get("LATENTIZE_NATIVE") == "0":
+        return None
+    try:
+        return _bind(ctypes.CDLL(str(_compiled())))
+    except (OSError, AttributeError) as error:
+        _log.info("no compiled CPU kernels, plain torch is used: %s", error)
+        return None
+
+
+def _bind(library: ctypes.CDLL) -> Library:
+    def bind(name: str, out: type) -> Callable[..., int]:
+        function = library[name]
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, out, ctypes.c_int)
+        function.restype = ctypes.c_int
+        return function
+
+    pointer = ctypes.c_void_p
+    return Library(
+        {dtype: bind(f"latent_experts_{name}", pointer) for dtype, name in _FORWARD.items()},
+        {dtype: bind(f"latent_experts_backward_{name}", pointer) for dtype, name in _BACKWARD.items()},
+    )
+
+
+def _compiled() -> Path:
+    """The shared library for this source, compiler and processor, compiled unless the cache holds it.
+
+    Raises:
+        OSError: no compiler was found, or none could compile it.
+    """
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        raise OSError("no C++ compiler was found")
+    openmp = _openmp()
+    key = hashlib.sha256(_SOURCE.read_bytes())
+    key.update(repr((shutil.which(compiler), _FLAGS, _VARIANTS, openmp, _processor())).encode())
+    folder = cache_folder()
+    path = folder / f"latent_experts-{key.hexdigest()[:20]}.so"
+    if not path.exists():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _compile(compiler, openmp, path)
+    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
+        raise OSError(f"{path} belongs to another user")
+    return path
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: `LATENTIZE_CACHE`, or latentize in the user's cache folder."""
+    given = os.environ.get("LATENTIZE_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentize"
+
+
+def _compile(compiler: str, openmp: Path | None, path: Path) -> None:
+    _log.info("compiling the CPU kernels, once on this machine")
+    started = time.perf_counter()
+    complaint = ""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        for variant in _VARIANTS:
+            threaded = "-fopenmp" in variant
+            command = [compiler, *_FLAGS, *variant, str(_SOURCE), "-o", str(built)]
+            if threaded and openmp is not None:
+                command += ["-Wl,--as-needed", str(openmp)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode == 0:
+                built.replace(path)
+                _log.info("compiled in %.0f s: %s", time.perf_counter() - started, path)
+                return
+            complaint = (done.stderr.strip().splitlines() or ["no message"])[0]
+    raise OSError(f"{compiler} could not compile {_SOURCE.name}: {complaint}")
+
+
+def _openmp() -> Path | None:
+    """The OpenMP runtime that torch brings, so that both use one pool of threads."""
+    found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return found[0] if found else None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
