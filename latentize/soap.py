@@ -19,6 +19,8 @@ MAX_SIDE = 512
 class Soap(torch.optim.Optimizer):
     """SOAP over parameters [..., r, c] seen as stacks of matrices; plain Adam over vectors.
 
+    The first gradient of a matrix only sets its bases; the matrix moves from the second one on.
+
     Args:
         params: tensors or parameter groups.
         lr: learning rate, in Adam's units.
@@ -54,6 +56,8 @@ class Soap(torch.optim.Optimizer):
             state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
             if gradient.ndim > 1:
                 _start_bases(state, gradient)
+            if len(state) > 3:
+                return  # in its own bases the first gradient is diagonal: its other second moments are rounding noise
         state["step"] += 1
         step = state["step"]
         state["mean"].lerp_(gradient, 1 - beta1)
@@ -63,7 +67,7 @@ class Soap(torch.optim.Optimizer):
         update = _turn(state["mean"] / (1 - beta1**step), state).div_(scale)
         parameter.add_(_turn_back(update, state), alpha=-group["lr"])
         if gradient.ndim > 1:
-            _follow_factors(state, gradient, 1 - beta2 if step > 1 else 0.0)
+            _follow_factors(state, gradient, 1 - beta2)
             if step == 1 or step % group["refresh"] == 0:
                 _refresh_bases(state)
 
