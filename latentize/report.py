@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -207,6 +207,7 @@ class File:
 class Report:
     """Everything that one run found, planned, did and measured. Sections that were not measured are None."""
 
+    schema_version: int = field(default=SCHEMA_VERSION, kw_only=True)
     tool_version: str
     model: Model
     environment: Environment
@@ -222,7 +223,6 @@ class Report:
     stages: tuple[Stage, ...] = ()
     warnings: tuple[str, ...] = ()
     files: tuple[File, ...] = ()
-    schema_version: int = SCHEMA_VERSION
 
     @property
     def rewritten(self) -> tuple[BlockRecord, ...]:
@@ -233,6 +233,9 @@ class Report:
 class _Schema(GenerateJsonSchema):
     """JSON has no number for what is not finite: such a float is written as a word, which pydantic reads back."""
 
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002  pydantic's signature
+        return False
+
     def float_schema(self, schema: Any) -> JsonSchemaValue:
         return {"anyOf": [super().float_schema(schema), {"enum": ["NaN", "Infinity", "-Infinity"]}]}
 
@@ -241,8 +244,9 @@ _ADAPTER: TypeAdapter[Report] = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> str:
-    """The report as JSON text, two spaces an indent, in the order of the fields."""
-    return json.dumps(_words(_ADAPTER.dump_python(report)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """The report as JSON text, the schema version first."""
+    fields = {"schema_version": report.schema_version} | _ADAPTER.dump_python(report)
+    return json.dumps(_words(fields), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def from_json(text: str) -> Report:
