@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from latentize import __version__
 from latentize.errors import LatentizeError, MissingExtraError
-from latentize.exporters.onnx_bodies import FORMS
+from latentize.exporters.onnx_bodies import check_form
 from latentize.exporters.onnx_nodes import MAX_OPSET, MIN_OPSET
 from latentize.inputs import Inputs, observing, with_tokens
 
@@ -59,7 +59,8 @@ def export_onnx(
         model: the model; it is run in eval mode without gradients, and left as it was found.
         args, kwargs: example arguments. Only tensors become inputs of the graph; anything else is fixed.
         path: the file; weights beyond `external_above` bytes go to `path` + ".data". Both are complete or absent.
-        form: how the experts' bodies order their work: "auto", or one of `onnx_bodies.FORMS`.
+        form: how the experts' bodies order their work: "auto" (see `onnx_experts.choose_form`), one of
+            `onnx_bodies.FORMS`, or "few+many" for one of two by the number of selected experts in the batch.
         metadata: strings to keep in the file (recipe, evidence).
         opset: version of the standard operators.
 
@@ -143,8 +144,8 @@ def _require(*packages: str) -> None:
 
 
 def _check_request(model: nn.Module, form: str, opset: int) -> None:
-    if form not in FORMS:
-        raise LatentizeError(f"ONNX form {form!r} is not known: expected one of {', '.join(FORMS)}")
+    if form != "auto":
+        check_form(form)
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise LatentizeError(f"ONNX opset {opset} is not supported: expected {MIN_OPSET} to {MAX_OPSET}")
     for name, tensor in model.state_dict().items():

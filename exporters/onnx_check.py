@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,18 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-        raise LatentizeError(f"{path}: onnxruntime cannot load it: {one_line(error)}") from error
+        raise LatentizeError(f"{path}: {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", str(error))
+    if missing is None:
+        return f"onnxruntime cannot load it: {one_line(error)}"
+    operator, node = missing.groups()
+    return (
+        f"onnxruntime has no CPU kernel for {operator} in the graph's dtype ({node}): export the model in float32 to "
+        "run it on CPU"
+    )
 
 
 def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Tensor]:

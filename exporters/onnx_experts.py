@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,17 @@ import torch
 
 from latentize import ops as _ops  # noqa: F401 - defines torch.ops.latentize.latent_experts
 from latentize.activations import Activation
-from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, MICROSOFT, OP_TYPE, NodeConfig, build_body
+from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body
+from latentize.exporters.onnx_forms import NodeConfig
+from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+#: Unrolled bodies: at most this many experts in a graph (a thousand load in seconds) and bytes of fp32 weights.
+UNROLLED_EXPERTS, UNROLLED_BYTES = 1024, 1 << 30
+#: Up to this many weights in a matrix, gathering copies of a single token's experts is faster than one node per expert.
+GATHERED_SIZE = 1 << 14
 
 _OPTIONAL = ("gate", "gate_bias", "up_bias", "down_bias")
 
@@ -75,21 +82,42 @@ def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
     """
     import onnx_ir as ir
 
-    forms: dict[str, str] = {}
-    overloads: dict[NodeConfig, str] = {}
-    for node in model.graph.all_nodes():
-        if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
-            continue
-        config = _config(node)
-        if config not in overloads:
-            overloads[config] = f"{form}_{len(overloads)}"
-            body = ir.from_proto(build_body(form, config, opset, overloads[config]))
-            assert isinstance(body, ir.Function)
-            model.functions[body.identifier()] = body
-            model.opset_imports.setdefault(MICROSOFT, 1)
+    nodes = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+    configs = [_config(node) for node in nodes]
+    chosen = {config: choose_form(config, configs) if form == "auto" else form for config in configs}
+    for number, (config, name) in enumerate(chosen.items()):
+        body = ir.from_proto(build_body(name, config, opset, _overload(name, number)))
+        assert isinstance(body, ir.Function)
+        model.functions[body.identifier()] = body
+        model.opset_imports.setdefault(MICROSOFT, 1)
+    overloads = {config: _overload(name, number) for number, (config, name) in enumerate(chosen.items())}
+    for node, config in zip(nodes, configs, strict=True):
         node.overload = overloads[config]
-        forms[_place(node)] = form
-    return forms
+    return {_place(node): chosen[config] for node, config in zip(nodes, configs, strict=True)}
+
+
+def _overload(form: str, number: int) -> str:
+    return f"{form.replace('+', '_or_')}_{number}"
+
+
+def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
+    """The form that was measured fastest on CPU (benchmarks/onnx_forms.py), for one node of a graph that holds `every`.
+
+    One node per expert is fastest once every expert has work, but costs load time and a second copy of the weights:
+    only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph. Few pairs go to onnxruntime's fused
+    operator where it is exact; else they are gathered where experts are small, or looped over where most are idle.
+    """
+    fused = not moe_refusal(config)
+    experts = sum(c.num_experts for c in every)
+    if experts > UNROLLED_EXPERTS or sum(c.weight_bytes for c in every) > UNROLLED_BYTES:
+        return "moe" if fused else "loop"
+    if fused:
+        return "moe+unrolled"
+    if config.intermediate_size * config.latent_dim <= GATHERED_SIZE:
+        return "gather+unrolled"
+    if config.num_experts > 16 * config.top_k:
+        return "loop+unrolled"
+    return "unrolled"
 
 
 def _config(node: ir.Node) -> NodeConfig:

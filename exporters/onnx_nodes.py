@@ -15,6 +15,7 @@ from latentize.activations import Activation
 if TYPE_CHECKING:
     import onnx
 
+DOUBLE = 11  # onnx.TensorProto.DOUBLE, so that its users need not import onnx
 #: First opset with every operator the bodies use (Gelu came last).
 MIN_OPSET = 20
 #: Last opset these bodies were checked with.

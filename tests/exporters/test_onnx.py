@@ -63,7 +63,7 @@ def fresh_ids(*shapes: tuple[int, int]) -> list[tuple[tuple[Tensor], dict[str, A
 def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lm, Path]:
     model, path = Lm(), tmp_path_factory.mktemp("lm") / "model.onnx"
     export = export_onnx(model, (torch.zeros(1, 4, dtype=torch.long),), {}, path, metadata={"recipe": "{}"})
-    assert dict(export.forms) == {"blocks.0.experts": "auto", "blocks.1.experts": "auto"}
+    assert dict(export.forms) == {"blocks.0.experts": "moe+unrolled", "blocks.1.experts": "moe+unrolled"}
     return model, path
 
 
@@ -87,7 +87,7 @@ def test_file_holds_one_node_per_block_and_passes_the_full_checker(lm: tuple[Lm,
 def test_metadata_is_in_the_file(lm: tuple[Lm, Path]) -> None:
     stored = {p.key: p.value for p in onnx.load(lm[1]).metadata_props}
     assert stored["recipe"] == "{}"
-    assert json.loads(stored["latentize.forms"])["blocks.0.experts"] == "auto"
+    assert json.loads(stored["latentize.forms"])["blocks.0.experts"] == "moe+unrolled"
 
 
 def test_model_is_left_as_it_was(tmp_path: Path) -> None:
@@ -133,12 +133,21 @@ def test_unwritable_folder_is_one_line(tmp_path: Path) -> None:
         export_onnx(model, (torch.ones(2, 5, D),), {}, tmp_path / "file" / "m.onnx", form="loop")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_runs_on_cpu(dtype: torch.dtype, tmp_path: Path) -> None:
-    model, path = LatentMoE(make_spec().to(dtype)), tmp_path / "m.onnx"
-    export_onnx(model, (torch.ones(2, 5, D, dtype=dtype),), {}, path)
-    x = torch.randn(1, 9, D, generator=torch.Generator().manual_seed(1)).to(dtype)
-    assert check_onnx(path, model, [((x,), {})]).error < {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+def test_fp16_runs_on_cpu(tmp_path: Path) -> None:
+    model, path = LatentMoE(make_spec().to(torch.float16)), tmp_path / "m.onnx"
+    export_onnx(model, (torch.ones(2, 5, D, dtype=torch.float16),), {}, path)
+    x = torch.randn(1, 9, D, generator=torch.Generator().manual_seed(1)).half()
+    # The body rounds to fp16 once at its end, PyTorch after every product: a few roundings of 5e-4.
+    assert check_onnx(path, model, [((x,), {})]).error < 2e-3
+
+
+def test_bf16_is_exported_and_cpu_kernels_that_lack_it_are_named(tmp_path: Path) -> None:
+    model, path = LatentMoE(make_spec().to(torch.bfloat16)), tmp_path / "m.onnx"
+    x = torch.ones(2, 5, D, dtype=torch.bfloat16)
+    export_onnx(model, (x,), {}, path)
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    with pytest.raises(LatentizeError, match=r"has no CPU kernel for Gemm in the graph's dtype \(node_linear_1\)"):
+        check_onnx(path, model, [((x,), {})])
 
 
 def test_disagreement_is_a_gate_error(lm: tuple[Lm, Path]) -> None:
@@ -226,6 +235,7 @@ def make_qwen(vocab: int = VOCAB) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_transformers_model_generates_the_same_text(tmp_path: Path) -> None:
     model, path = make_qwen(), tmp_path / "m.onnx"
     export = export_onnx(model, (), {"input_ids": torch.zeros(1, 4, dtype=torch.long)}, path)

@@ -21,23 +21,24 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from latentize.exporters.onnx_bodies import (  # noqa: E402
-    DOMAIN,
-    FORMS,
-    INPUTS,
-    MICROSOFT,
-    OP_TYPE,
-    NodeConfig,
-    build_body,
-    moe_refusal,
-)
+from latentize.exporters import onnx_bodies  # noqa: E402
+from latentize.exporters.onnx_bodies import DOMAIN, FORMS, INPUTS, OP_TYPE, build_body, few_pairs  # noqa: E402
+from latentize.exporters.onnx_forms import NodeConfig  # noqa: E402
+from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal  # noqa: E402
 
 N, K, L, M = 6, 3, 8, 5
+COMPOSED = (*FORMS, "moe+unrolled", "gather+unrolled", "loop+unrolled")
 TOKENS = (1, 3, 16)
 # fp32 on one side, fp64 on the other, sums of at most 24 terms: a few times 1e-7 is expected.
 TOLERANCE = 1e-5
 
 CLAMPED = Activation("silu", alpha=1.702, gate_max=0.7, up_min=-0.7, up_max=0.7, up_offset=1.0)
+
+
+@pytest.fixture(autouse=True)
+def both_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A "few+many" form takes its first branch for one token, its second for more."""
+    monkeypatch.setattr(onnx_bodies, "few_pairs", lambda *_: K)
 
 
 def make_experts(*, gated: bool = True, biases: bool = False, activation: Activation | None = None) -> ExpertsSpec:
@@ -118,7 +119,7 @@ def worst_error(form: str, experts: ExpertsSpec, *, on_input: bool = False, opse
 
 
 def accepts(form: str, experts: ExpertsSpec, *, on_input: bool = False) -> bool:
-    return form != "moe" or not moe_refusal(node_config(experts, on_input=on_input))
+    return "moe" not in form or not moe_refusal(node_config(experts, on_input=on_input))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -130,10 +131,10 @@ def test_every_activation_matches_the_reference(form: str, gated: bool, biases: 
         if accepts(form, experts):
             assert worst_error(form, experts) < TOLERANCE, name
             checked += 1
-    assert checked == (len(FUNCTIONS) if form != "moe" else 1 if gated else 5)
+    assert checked == (len(FUNCTIONS) if "moe" not in form else 1 if gated else 5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COMPOSED)
 @pytest.mark.parametrize("biases", [False, True])
 def test_glu_variant_with_clamps_slope_and_offset(form: str, biases: bool) -> None:
     experts = make_experts(biases=biases, activation=CLAMPED)
@@ -142,7 +143,7 @@ def test_glu_variant_with_clamps_slope_and_offset(form: str, biases: bool) -> No
     assert worst_error(form, plain) < TOLERANCE
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "moe"])
+@pytest.mark.parametrize("form", [form for form in COMPOSED if "moe" not in form])
 @pytest.mark.parametrize("name", ["silu", "sigmoid"])  # sigmoid(0) != 0: a weight of zero must not stand for absence
 def test_weights_on_the_input(form: str, name: str) -> None:
     for gated, biases in itertools.product((True, False), (True, False)):
@@ -151,18 +152,18 @@ def test_weights_on_the_input(form: str, name: str) -> None:
         assert worst_error(form, experts, on_input=True, missing=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COMPOSED)
 @pytest.mark.parametrize("biases", [False, True])
 def test_indices_past_the_experts_contribute_nothing(form: str, biases: bool) -> None:
     assert worst_error(form, make_experts(biases=biases), missing=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COMPOSED)
 def test_negative_weights(form: str) -> None:
     assert worst_error(form, make_experts(), signed=True) < TOLERANCE
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COMPOSED)
 def test_weights_that_are_all_zero(form: str) -> None:
     experts = make_experts()
     feeds = {"hidden": np.ones((2, L), np.float32), "indices": make_routing(2).indices.numpy()}
@@ -170,7 +171,7 @@ def test_weights_that_are_all_zero(form: str) -> None:
     assert torch.equal(output, torch.zeros(2, L))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", COMPOSED)
 @pytest.mark.parametrize("biases", [False, True])
 def test_bodies_pass_the_full_checker(form: str, biases: bool) -> None:
     model = make_model(form, make_experts(biases=biases))
@@ -182,7 +183,7 @@ def test_bodies_pass_the_full_checker(form: str, biases: bool) -> None:
 @pytest.mark.parametrize("opset", [20, 21, 22, 23])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_opset(form: str, opset: int) -> None:
-    experts = make_experts(biases=True, activation=Activation("gelu" if form != "moe" else "silu"))
+    experts = make_experts(biases=True, activation=Activation("silu" if "moe" in form else "gelu"))
     assert worst_error(form, experts, opset=opset) < TOLERANCE
 
 
@@ -195,5 +196,12 @@ def test_the_fused_form_refuses_what_it_cannot_express() -> None:
 
 
 def test_unknown_forms_are_refused_by_name() -> None:
-    with pytest.raises(LatentizeError, match="form 'fast' is not known: expected one of auto, loop"):
+    with pytest.raises(LatentizeError, match="form 'fast' is not known: expected auto, loop"):
         build_body("fast", node_config(make_experts()), 20, "only")
+
+
+def test_the_larger_the_experts_the_earlier_the_unrolled_form_wins() -> None:
+    def limit(size: int) -> int:
+        return few_pairs(NodeConfig(64, 8, size, size, TensorProto.FLOAT, Activation(), ("gate",), False), "moe")
+
+    assert limit(32) > 64 > limit(512) >= 8

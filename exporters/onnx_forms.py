@@ -1,0 +1,227 @@
+"""Ways of ordering the work of `latentize::LatentExperts` in standard ONNX operators: the forms of its body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from latentize.activations import Activation
+from latentize.exporters.onnx_nodes import Nodes, activate
+
+
+@dataclass(frozen=True)
+class NodeConfig:
+    """What the body of one `latentize::LatentExperts` node depends on. Nodes with equal configs share a body."""
+
+    num_experts: int
+    top_k: int
+    latent_dim: int
+    intermediate_size: int
+    dtype: int  # onnx.TensorProto element type of hidden and of every weight
+    activation: Activation
+    inputs: tuple[str, ...]  # the optional inputs that are there, of gate, gate_bias, up_bias, down_bias
+    weights_on_input: bool
+
+    @property
+    def gated(self) -> bool:
+        """Whether the experts are GLUs."""
+        return "gate" in self.inputs
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in fp32, in which bodies compute."""
+        return 4 * self.num_experts * self.intermediate_size * self.latent_dim * (2 + self.gated)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Names of the values a form works on, in the dtype it computes in."""
+
+    hidden: str  # [T, l]
+    indices: str  # [T, k]
+    weights: str  # [T, k]
+    gate: str | None  # [N, m, l]
+    up: str  # [N, m, l]
+    down: str  # [N, l, m]
+    gate_bias: str | None  # [N, m]
+    up_bias: str | None  # [N, m]
+    down_bias: str | None  # [N, l]
+
+    def stacks(self) -> list[str]:
+        """The weights and biases that are there."""
+        every = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        return [name for name in every if name is not None]
+
+
+# --- what several forms share ------------------------------------------------------------------------------------
+
+
+def _expert(nodes: Nodes, config: NodeConfig, v: Values, rows: str, pick: Callable[[str], str]) -> str:
+    """Outputs of one expert on its rows [n, l]; pick(stack) is the expert's part of a stacked weight or bias."""
+
+    def linear(weight: str, bias: str | None, x: str) -> str:
+        terms = [x, pick(weight)] if bias is None else [x, pick(weight), pick(bias)]
+        return nodes.op("Gemm", *terms, transB=1)
+
+    gate = None if v.gate is None else linear(v.gate, v.gate_bias, rows)
+    hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias, rows))
+    return linear(v.down, v.down_bias, hidden)
+
+
+def _at(nodes: Nodes, expert: str, stack: str) -> str:
+    return nodes.op("Gather", stack, expert)
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """(token, expert) pairs in the order of their experts; those with an index >= N come last."""
+
+    order: str  # [P] pair numbers
+    counts: str  # [N + 1] pairs of each expert, then of none
+    rows: str  # [P, l] inputs
+
+
+def _sort_pairs(nodes: Nodes, config: NodeConfig, v: Values) -> _Sorted:
+    n = config.num_experts
+    expert = nodes.op("Min", nodes.reshape(v.indices, -1), nodes.constant(np.asarray(n)))
+    pairs = nodes.rows(expert)
+    _, order = nodes.ops("TopK", expert, pairs, outputs=2, axis=0, largest=0, sorted=1)
+    ones = nodes.op("Expand", nodes.ints(1), pairs)
+    counts = nodes.op("ScatterElements", nodes.constant(np.zeros(n + 1, np.int64)), expert, ones, reduction="add")
+    token = nodes.op("Div", order, nodes.ints(config.top_k))
+    rows = nodes.op("Gather", v.hidden, token)
+    if config.weights_on_input:
+        rows = nodes.op("Mul", rows, nodes.op("Gather", nodes.reshape(v.weights, -1, 1), order))
+    return _Sorted(order, counts, rows)
+
+
+def _combine(nodes: Nodes, config: NodeConfig, v: Values, outputs: str) -> str:
+    """[T, l] from the pairs' outputs [P, l], pair by pair in the order of the tokens."""
+    per_token = nodes.reshape(outputs, -1, config.top_k, config.latent_dim)
+    if config.weights_on_input:
+        return nodes.op("ReduceSum", per_token, nodes.ints(1), keepdims=0)
+    weights = nodes.reshape(v.weights, -1, 1, config.top_k)
+    return nodes.reshape(nodes.op("MatMul", weights, per_token), -1, config.latent_dim)
+
+
+def mix(nodes: Nodes, config: NodeConfig, v: Values, values: str, fill: float) -> str:
+    """[T, N] with values [T, k] where a token selected an expert, `fill` elsewhere."""
+    n = config.num_experts
+    shape = nodes.op("Concat", nodes.rows(v.indices), nodes.ints(n + 1), axis=0)
+    empty = nodes.op("Expand", nodes.scalar(fill), shape)
+    index = nodes.op("Min", v.indices, nodes.constant(np.asarray(n)))
+    full = nodes.op("ScatterElements", empty, index, values, axis=1)
+    return nodes.op("Slice", full, nodes.ints(0), nodes.ints(n), nodes.ints(1))
+
+
+def present(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """[T, k] bool: the index names an expert."""
+    return nodes.op("Less", v.indices, nodes.constant(np.asarray(config.num_experts)))
+
+
+# --- the forms ---------------------------------------------------------------------------------------------------
+
+
+def unrolled(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """Every expert has its own nodes; pairs are sorted, split by expert, and put back."""
+    pairs = _sort_pairs(nodes, config, v)
+    *parts, nobody = nodes.ops("Split", pairs.rows, pairs.counts, outputs=config.num_experts + 1, axis=0)
+    split = {stack: _split(nodes, config, stack) for stack in v.stacks()}
+    outputs = []
+    for expert, rows in enumerate(parts):
+        own = {stack: pieces[expert] for stack, pieces in split.items()}
+        outputs.append(_expert(nodes, config, v, rows, own.__getitem__))
+    outputs.append(nodes.op("Mul", nobody, nodes.scalar(0.0)))
+    routed = nodes.op("Concat", *outputs, axis=0)
+    inverse = nodes.op("ScatterElements", pairs.order, pairs.order, _range(nodes, nodes.rows(pairs.order)))
+    return _combine(nodes, config, v, nodes.op("Gather", routed, inverse))
+
+
+def _split(nodes: Nodes, config: NodeConfig, stack: str) -> list[str]:
+    """Each expert's part of a stacked weight or bias: one node, so that folding it at load time copies it once."""
+    first = nodes.ints(0)
+    parts = nodes.ops("Split", stack, outputs=config.num_experts, axis=0, num_outputs=config.num_experts)
+    return [nodes.op("Squeeze", part, first) for part in parts]
+
+
+def _range(nodes: Nodes, stop: str) -> str:
+    zero, one = nodes.constant(np.asarray(0)), nodes.constant(np.asarray(1))
+    return nodes.op("Range", zero, nodes.op("Squeeze", stop), one)
+
+
+def loop(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """A Loop over the experts that any token selected."""
+    pairs = _sort_pairs(nodes, config, v)
+    real = nodes.op("Slice", pairs.counts, nodes.ints(0), nodes.ints(config.num_experts))
+    active = nodes.reshape(nodes.op("NonZero", real), -1)
+    counts = nodes.op("Gather", real, active)
+    ends = nodes.op("CumSum", counts, nodes.constant(np.asarray(0)))
+    starts = nodes.op("Sub", ends, counts)
+    trips = nodes.op("Squeeze", nodes.rows(active))
+    pair_column = nodes.op("Unsqueeze", pairs.order, nodes.ints(1))
+    empty = nodes.op("Mul", pairs.rows, nodes.scalar(0.0))
+
+    def step(inner: Nodes, iteration: str, carried: str) -> str:
+        at = inner.op("Unsqueeze", iteration, inner.ints(0))
+        start, end = inner.op("Gather", starts, at), inner.op("Gather", ends, at)
+        rows = inner.op("Slice", pairs.rows, start, end)
+        expert = inner.op("Gather", active, iteration)
+        outputs = _expert(inner, config, v, rows, partial(_at, inner, expert))
+        return inner.op("ScatterND", carried, inner.op("Slice", pair_column, start, end), outputs)
+
+    return _combine(nodes, config, v, nodes.loop(trips, empty, step))
+
+
+def dense(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """Every expert on every token, as three wide matrix products; what a token did not select is multiplied by zero."""
+    n, m, width = config.num_experts, config.intermediate_size, config.latent_dim
+    weights = mix(nodes, config, v, v.weights, 0.0)
+
+    def linear(weight: str, bias: str | None) -> str:
+        matrix = nodes.op("Transpose", nodes.reshape(weight, n * m, width), perm=[1, 0])
+        out = nodes.reshape(nodes.op("MatMul", v.hidden, matrix), -1, n, m)
+        if config.weights_on_input:
+            out = nodes.op("Mul", out, nodes.reshape(weights, -1, n, 1))
+        return out if bias is None else nodes.op("Add", out, bias)
+
+    gate = None if v.gate is None else linear(v.gate, v.gate_bias)
+    hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias))
+    if config.weights_on_input:
+        ones = nodes.op("Cast", present(nodes, config, v), to=nodes.dtype)
+        weights = mix(nodes, config, v, ones, 0.0)
+    mixed = nodes.reshape(nodes.op("Mul", hidden, nodes.reshape(weights, -1, n, 1)), -1, n * m)
+    output = nodes.op("MatMul", mixed, nodes.reshape(nodes.transposed(v.down), n * m, width))
+    if v.down_bias is None:
+        return output
+    return nodes.op("Add", output, nodes.op("MatMul", weights, v.down_bias))
+
+
+def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """Every pair's own matrices are gathered: for few tokens, where the weights read are all that counts."""
+    there = present(nodes, config, v)
+    last = nodes.constant(np.asarray(config.num_experts - 1))
+    index = nodes.reshape(nodes.op("Min", v.indices, last), -1)
+    weights = nodes.op("Mul", v.weights, nodes.op("Cast", there, to=nodes.dtype))
+    rows = nodes.op("Unsqueeze", v.hidden, nodes.ints(1))
+    if config.weights_on_input:
+        rows = nodes.op("Mul", rows, nodes.op("Unsqueeze", weights, nodes.ints(2)))
+    else:
+        rows = nodes.op("Expand", rows, nodes.ints(1, config.top_k, 1))
+    x = nodes.reshape(rows, -1, config.latent_dim, 1)
+
+    def linear(weight: str, bias: str | None, value: str) -> str:
+        out = nodes.op("MatMul", nodes.op("Gather", weight, index), value)
+        if bias is None:
+            return out
+        return nodes.op("Add", out, nodes.op("Unsqueeze", nodes.op("Gather", bias, index), nodes.ints(2)))
+
+    gate = None if v.gate is None else linear(v.gate, v.gate_bias, x)
+    hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias, x))
+    outputs = nodes.reshape(linear(v.down, v.down_bias, hidden), -1, config.top_k, config.latent_dim)
+    if config.weights_on_input:
+        weights = nodes.op("Cast", there, to=nodes.dtype)
+    row = nodes.op("Unsqueeze", weights, nodes.ints(1))
+    return nodes.reshape(nodes.op("MatMul", row, outputs), -1, config.latent_dim)
