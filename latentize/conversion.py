@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from latentize import passes
 from latentize.compare import block_errors
@@ -27,7 +28,8 @@ from latentize.statistics import BlockStatistics, collect
 if TYPE_CHECKING:
     from latentize.passes import Found
 
-#: Calibration tokens of a block that are kept, and batches that errors are measured on.
+#: Calibration tokens of a block that moments are taken over, tokens that are kept, batches that errors are measured on.
+MOMENT_TOKENS = 131072
 SAMPLE_TOKENS = 32768
 ERROR_BATCHES = 4
 
@@ -119,10 +121,10 @@ def batches_of(calibration: Iterable[Batch] | None, model: nn.Module) -> Sequenc
 
     Args:
         calibration: an iterable, possibly one-shot, of tuples (args) or dicts (kwargs); None for none.
-        model: checked to accept the first batch.
+        model: checked to accept them, as far as they differ.
 
     Raises:
-        LatentizeError: it is not an iterable of batches, is empty, or the model rejects the first batch.
+        LatentizeError: it is not an iterable of batches, is empty, or the model rejects a batch.
     """
     if calibration is None:
         return ()
@@ -136,12 +138,37 @@ def batches_of(calibration: Iterable[Batch] | None, model: nn.Module) -> Sequenc
         raise LatentizeError(
             "calibration: it holds no batch; give at least one, or none at all to use the weights alone"
         )
-    for number, batch in enumerate(batches):
-        as_inputs(batch, f"calibration batch {number}")
-    args, kwargs = as_inputs(batches[0], "calibration batch 0")
+    tried = _Tried()
     with observing(model):
-        check_runs(model, args, kwargs, "calibration batch 0")
+        for number, batch in enumerate(batches):
+            what = f"calibration batch {number}"
+            args, kwargs = as_inputs(batch, what)
+            if tried.is_new(args, kwargs):
+                check_runs(model, args, kwargs, what)
     return batches
+
+
+class _Tried:
+    """Remembers which inputs a model was tried on, so that only those that could fail differently are run too."""
+
+    def __init__(self) -> None:
+        self._shapes: set[str] = set()
+        self._low, self._high = 0, -1
+
+    def is_new(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether inputs differ in names, types, axes, sizes of the last axis of floats, or range of integers."""
+        leaves, structure = pytree.tree_flatten((args, dict(kwargs)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        shapes = [(str(t.dtype), t.ndim, t.shape[-1] if t.ndim and t.is_floating_point() else None) for t in tensors]
+        integers = [t for t in tensors if t.dtype in (torch.int32, torch.int64) and t.numel()]
+        low = min((int(t.min()) for t in integers), default=0)
+        high = max((int(t.max()) for t in integers), default=-1)
+        key = f"{structure}{shapes}"
+        if key in self._shapes and low >= self._low and high <= self._high:
+            return False
+        self._shapes.add(key)
+        self._low, self._high = min(low, self._low), max(high, self._high)
+        return True
 
 
 def _produced(calibration: Iterable[Batch]) -> Iterator[Batch]:
@@ -207,24 +234,30 @@ def prepare(
 def measure(
     teacher: Rewritten, recipe: Recipe, batches: Sequence[Batch], progress: Progress = silent
 ) -> dict[str, BlockStatistics]:
-    """What the batches say about every block.
+    """What the batches say about every block; of many batches, evenly spaced ones that add up to `MOMENT_TOKENS`.
 
     Raises:
         LatentizeError: the model rejects a batch, or its activations are never finite.
     """
-    return collect(
-        teacher.model, teacher.blocks, batches, max_tokens=SAMPLE_TOKENS, seed=recipe.seed, progress=progress
-    )
+    first = collect(teacher.model, teacher.blocks, batches[:1], max_tokens=1)
+    tokens = max(1, max(block.tokens for block in first.values()))
+    used = batches[:: max(1, len(batches) * tokens // MOMENT_TOKENS)]
+    return collect(teacher.model, teacher.blocks, used, max_tokens=SAMPLE_TOKENS, seed=recipe.seed, progress=progress)
 
 
 def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> dict[str, MoESpec]:
-    """The latent spec of every block, computed from the original's weights and the statistics."""
+    """The latent spec of every block, computed from the original's weights and the statistics.
+
+    The recipe's dtype is that of experts and projections; routers keep theirs, since rounding changes who is chosen.
+    """
     specs = {}
     for done, (name, plan) in enumerate(prepared.plans.items()):
         progress(done, len(prepared.plans), name)
         statistics = None if prepared.statistics is None else prepared.statistics[name]
         spec = initialise(prepared.teacher.blocks[name].spec, plan, statistics, seed=recipe.seed)
-        specs[name] = spec if recipe.dtype is None else spec.to(getattr(torch, recipe.dtype))
+        specs[name] = (
+            spec if recipe.dtype is None else replace(spec.to(getattr(torch, recipe.dtype)), router=spec.router)
+        )
     progress(len(prepared.plans), len(prepared.plans))
     return specs
 

@@ -21,6 +21,7 @@ def configure(verbosity: int, log_file: Path | None) -> None:
     terminal = logging.StreamHandler()
     terminal.setLevel({-1: logging.ERROR, 0: logging.WARNING}.get(verbosity, logging.DEBUG))
     terminal.setFormatter(logging.Formatter("%(levelname)s %(message)s" if verbosity < 1 else "%(name)s: %(message)s"))
+    terminal.addFilter(lambda record: not getattr(record, "shown", False))
     root.addHandler(terminal)
     if log_file is not None:
         root.addHandler(_file_handler(log_file))

@@ -82,12 +82,14 @@ class LatentExperts(nn.Module):
         self.weights_on_input = spec.router.applies_to == "input"
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Routed output [T, d] of hidden [T, d], indices [T, k] int64 and weights [T, k]."""
+        """Routed output [T, d] of hidden [T, d], indices [T, k] int64 and weights [T, k], in the dtype of `hidden`."""
+        assert self.up is not None
+        if hidden.dtype != self.up.dtype:
+            return self.forward(hidden.to(self.up.dtype), indices, weights).to(hidden.dtype)
         latent = hidden if self.latent_down is None else F.linear(hidden, self.latent_down)
         combined = self.combine(latent, indices, weights)
         output = combined if self.latent_up is None else F.linear(combined, self.latent_up)
         if self.num_identity:
-            assert self.up is not None
             passed = (weights * (indices >= self.up.shape[0])).sum(-1, keepdim=True)
             output = output + hidden * passed.to(hidden.dtype)
         if self.output_scale != 1.0:

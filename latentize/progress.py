@@ -67,15 +67,14 @@ class Steps:
     def step(self, name: str) -> Iterator[Progress]:
         """Run one step; yields the `Progress` for it."""
         start = time.monotonic()
-        _log.debug("%s ...", name)
         with self._display(name) as progress:
             yield progress
         record = StepRecord(name, time.monotonic() - start, peak_memory())
         self.records.append(record)
         line = f"{name:<12} {duration(record.seconds):>12}   peak {record.peak_bytes / 2**20:,.0f} MiB"
-        _log.debug(line)
+        _log.debug(line, extra={"shown": self._console is not None})
         if self._console is not None:
-            self._console.print(line, style="dim", highlight=False)
+            self._console.print(line, style="dim", highlight=False, soft_wrap=True)
 
     @contextmanager
     def _display(self, name: str) -> Iterator[Progress]:
@@ -110,7 +109,7 @@ class _Lines:
         left = f", {duration((now - self._start) * (total - done) / done)} left" if done and total else ""
         count = f" {done}/{total}" if total else ""
         line = f"{self._name}{count}: {duration(now - self._start)}{left} {note}".rstrip()
-        self._console.print(line, style="dim", highlight=False)
+        self._console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def _bar(console: Console) -> Bar:

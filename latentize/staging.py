@@ -127,6 +127,7 @@ def disk_full(error: BaseException) -> bool:
 def _publish(folder: Path, out: Path) -> None:
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     if not out.exists():

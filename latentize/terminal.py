@@ -37,7 +37,7 @@ def print_blocks(console: Console, blocks: Sequence[Block], left: Mapping[str, s
 
 def print_plan(console: Console, plans: Mapping[str, Plan]) -> None:
     """What becomes of each block, and what it costs per token before and after."""
-    table = _table("Plan", "block", "d → ℓ", "N → N'", "k → k'", "weight bytes/token", "dispatch bytes/token",
+    table = _table("Plan", "block", "d → ℓ", "N → N'", "k → k'", "weights/token", "dispatched/token",
                    "FLOPs/token", "stored", "predicted error")  # fmt: skip
     for name, plan in plans.items():
         table.add_row(
@@ -45,10 +45,10 @@ def print_plan(console: Console, plans: Mapping[str, Plan]) -> None:
             f"{plan.hidden_size} → {plan.latent_dim}",
             f"{plan.num_experts_before} → {plan.num_experts_after}",
             f"{plan.top_k_before} → {plan.top_k_after}",
-            _change(plan.weight_bytes_before, plan.weight_bytes_after),
-            _change(plan.dispatch_bytes_before, plan.dispatch_bytes_after),
+            _change(plan.weight_bytes_before, plan.weight_bytes_after, "B"),
+            _change(plan.dispatch_bytes_before, plan.dispatch_bytes_after, "B"),
             _change(plan.flops_before, plan.flops_after),
-            _change(plan.stored_bytes_before, plan.stored_bytes_after),
+            _change(plan.stored_bytes_before, plan.stored_bytes_after, "B"),
             _small(plan.predicted_error),
         )
     console.print(table)
@@ -115,7 +115,7 @@ def print_end(
     console: Console, gates: Sequence[Gate], warnings: Sequence[str], files: Sequence[File], out: str
 ) -> None:
     """Gates, warnings and where every file is."""
-    for gate in gates:
+    for gate in (gate for gate in gates if not gate.passed or "ONNX" not in gate.name):
         console.print(f"Gate {gate.name}: {gate.value:.4g}, allowed {gate.limit:.4g}: {_passed(gate.passed)}")
     for warning in warnings:
         console.print(f"Note: {_plain(warning)}")
@@ -127,7 +127,9 @@ def print_end(
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    table = Table(
+        title=f"\n{title}", title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim"
+    )
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -153,8 +155,8 @@ def _passed(passed: bool) -> str:
     return "passed" if passed else "FAILED"
 
 
-def _change(before: int, after: int) -> str:
-    return f"{_amount(before)} → {_amount(after)}"
+def _change(before: int, after: int, unit: str = "") -> str:
+    return f"{_amount(before, unit)} → {_amount(after, unit)}"
 
 
 def _amount(value: float, unit: str = "") -> str:
