@@ -29,10 +29,11 @@ def keep(name: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> li
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """Rows as aligned text; `columns` maps a column to the format of its values, e.g. ".4f"."""
-    cells = [list(columns)]
-    cells += [
-        ["–" if row.get(name) is None else format(row[name], spec) for name, spec in columns.items()] for row in rows
-    ]
+    cells = [list(columns), *([_cell(row.get(name), spec) for name, spec in columns.items()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     lines = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in cells]
     return "\n".join([lines[0], "  ".join("─" * width for width in widths), *lines[1:]])
+
+
+def _cell(value: Any, spec: str) -> str:
+    return "–" if value is None else format(value, spec)

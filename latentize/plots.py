@@ -148,8 +148,8 @@ def accuracy(report: Report) -> str:
             shift, anchor = ((0, -8), "top") if value == lowest else ((0, 7), "bottom")
             text = f"{label} {value:.4g}"
             axes.annotate(text, at, shift, textcoords="offset points", ha="center", va=anchor)
-        axes.margins(x=0.35, y=0.25)
-        axes.set_xlim(left=max(0.0, axes.get_xlim()[0]))
+        axes.margins(y=0.25)
+        axes.set_xlim(0, 1.3 * max(point[1] for point in points) / scale)
         axes.locator_params(nbins=5)
         axes.grid(visible=True)
         axes.set(xlabel=f"routed weights read for one token, {unit}", title=metric)

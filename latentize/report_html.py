@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from latentize import plots
+from latentize.bench import Timing
 from latentize.errors import MissingExtraError
 from latentize.report import BlockRecord, Report
 
@@ -134,6 +135,13 @@ def totals(report: Report) -> dict[str, int]:
     return {field: sum(getattr(block.plan, field) or 0 for block in report.rewritten) for field in fields}
 
 
+def told_apart(original: Timing | None, rewritten: Timing | None) -> bool:
+    """Whether the middle halves of two measurements do not overlap; otherwise their difference is noise."""
+    if original is None or rewritten is None:
+        return False
+    return original.q75_ms < rewritten.q25_ms or rewritten.q75_ms < original.q25_ms
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A value with `digits` significant digits, four meaning four decimals from 1 to 10; a dash when there is none."""
     if value is None:
@@ -220,14 +228,14 @@ def _change(what: str, before: float, after: float) -> str:
 def _speed(report: Report) -> str:
     """One token in the fastest backend of each model, so that a slow baseline does not flatter."""
     rows = [row for row in report.latency or () if row.tokens == 1]
-    before = min(((row.original.median_ms, row.backend) for row in rows if row.original), default=None)
-    after = min(((row.rewritten.median_ms, row.backend) for row in rows if row.rewritten), default=None)
+    before = min(((row.original.median_ms, row.backend, row.original) for row in rows if row.original), default=None)
+    after = min(((row.rewritten.median_ms, row.backend, row.rewritten) for row in rows if row.rewritten), default=None)
     if before is None or after is None or not before[0] or not after[0]:
         return ""
     ratio = after[0] / before[0]
     where = before[1] if before[1] == after[1] else f"{after[1]} against {before[1]}"
-    if abs(ratio - 1) < 0.02:
-        return f"; one token takes as long as before ({where})"
+    if not told_apart(before[2], after[2]):
+        return f"; one token takes as long as before ({where}, within the spread of the runs)"
     word = f"{1 / ratio:.2f}\u00a0× faster" if ratio < 1 else f"{ratio:.2f}\u00a0× slower"
     return f"; one token {word} ({where})"
 
@@ -264,6 +272,6 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "breakable": _breakable, "size": size, "count": count, "seconds": seconds,
+    environment.filters |= {"number": number, "breakable": _breakable, "told_apart": lambda row: told_apart(row.original, row.rewritten), "size": size, "count": count, "seconds": seconds,
                             "ms": lambda t: "–" if t is None else plots.milliseconds(t.median_ms)}  # fmt: skip
     return environment

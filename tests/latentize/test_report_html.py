@@ -210,6 +210,15 @@ def test_the_headline_follows_the_evaluation(after, words):
     Page(report_html.render(replace(bare_report(), evaluation=evaluation)))
 
 
+def test_a_difference_within_the_spread_of_the_runs_is_called_none():
+    rows = (Latency.of("torch", 1, {"original": timing(1.0), "rewritten": timing(1.1)}),)
+    assert "one token takes as long as before (torch, within the spread" in report_html.headline(
+        full_report(latency=rows)
+    )
+    assert report_html.told_apart(timing(1.0), timing(2.0))
+    assert not report_html.told_apart(timing(1.0), None)
+
+
 def test_nothing_rewritten_is_a_page_too():
     only_refused = full_report(blocks=full_report().blocks[2:], evaluation=None, latency=None, onnx=None)
     assert report_html.headline(only_refused).startswith("Nothing was rewritten")
