@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentize import __version__, store, tensors
 from latentize.errors import LatentizeError, MissingExtraError
-from latentize.moe import LatentMoE
+from latentize.moe import LatentExperts, LatentMoE
 from latentize.sources import Form, Source, first_line
 from latentize.spec import MoESpec
 from latentize.staging import MANIFEST, is_ours
@@ -221,7 +221,7 @@ def _check_blocks(model: nn.Module, blocks: Mapping[str, SavedBlock]) -> None:
             raise LatentizeError(
                 f"block {name!r}: {lost[0]} is missing from the model's state; save the converted model itself"
             )
-    count = sum(isinstance(module, LatentMoE) for module in model.modules())
+    count = sum(isinstance(module, LatentExperts) for module in model.modules())
     if count > len(blocks):
         raise LatentizeError(
             f"the model holds {count} latent blocks and only {len(blocks)} are described, the others being unexpected; "

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from latentize.errors import GateError, LatentizeError
 from latentize.inputs import Batch, Inputs, observing
 from latentize.moe import LatentMoE
+from latentize.taps import BlockCall, tapped
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -111,22 +112,15 @@ def block_errors(
     """
     sums = {name: [0.0, 0.0] for name in teacher_blocks if name in student_blocks}
 
-    def watch(name: str) -> Any:
-        def measure(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            difference = student_blocks[name](*args, **kwargs).double() - output.double()
-            sums[name][0] += difference.square().sum().item()
-            sums[name][1] += output.double().square().sum().item()
+    def measure(name: str, call: BlockCall) -> None:
+        difference = student_blocks[name](*call.inputs).double() - call.output.double()
+        sums[name][0] += difference.square().sum().item()
+        sums[name][1] += call.output.double().square().sum().item()
 
-        return measure
-
-    handles = [teacher_blocks[name].register_forward_hook(watch(name), with_kwargs=True) for name in sums]
-    try:
-        with observing(model, *(student_blocks[name] for name in sums)):
-            for batch in batches:
-                Inputs.of(batch).call(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched = {name: teacher_blocks[name] for name in sums}
+    with observing(model, *(student_blocks[name] for name in sums)), tapped(watched, measure):
+        for batch in batches:
+            Inputs.of(batch).call(model)
     return {name: _ratio(wrong, whole) for name, (wrong, whole) in sums.items()}
 
 

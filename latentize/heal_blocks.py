@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from latentize.heal_job import Job, State, cosine, is_evaluation
 from latentize.heal_load import RoutingTap, count, follow, pressure
 from latentize.inputs import Batch, Inputs
 from latentize.moe import LatentMoE
+from latentize.taps import BlockCall, tapped
 
 #: At most so many held-out tokens a block are measured on.
 _HELD_OUT_TOKENS = 8192
@@ -76,26 +76,16 @@ def collect(job: Job, batches: Iterable[Batch], enough: Callable[[int], bool]) -
     """The teacher's activations at every block over `batches`, until `enough(tokens)`; and the batches that took."""
     kept: dict[str, list[Activations]] = {name: [] for name in job.teacher_blocks}
 
-    def watch(name: str) -> Any:
-        def keep(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-            values = [*args, *kwargs.values()]  # hidden, and perhaps router_hidden
-            inputs = tuple(v.detach().reshape(-1, v.shape[-1]) for v in values if isinstance(v, Tensor))
-            kept[name].append(Activations(inputs, output.detach().reshape(-1, output.shape[-1])))
+    def keep(name: str, call: BlockCall) -> None:
+        kept[name].append(Activations(tuple(t.detach() for t in call.inputs), call.output.detach()))
 
-        return keep
-
-    handles = [b.register_forward_hook(watch(n), with_kwargs=True) for n, b in job.teacher_blocks.items()]
     used = 0
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                Inputs.of(batch).call(job.teacher)
-                used += 1
-                if enough(max(sum(len(a) for a in parts) for parts in kept.values())):
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), tapped(job.teacher_blocks, keep):
+        for batch in batches:
+            Inputs.of(batch).call(job.teacher)
+            used += 1
+            if enough(max(sum(len(a) for a in parts) for parts in kept.values())):
+                break
     return {name: _joined(parts) for name, parts in kept.items() if parts}, used
 
 
