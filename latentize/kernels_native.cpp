@@ -305,7 +305,7 @@ void tile(int64_t k, const S* a, int64_t ai, int64_t ap, const S* b, int64_t ldb
   for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 3
     for (int v = 0; v < nv; ++v) acc[i][v] = add ? load(c + i * ldc + v * lanes<S>) : Vec<S>{};
-  for (int64_t p = 0; p < k; ++p) {
+  auto step = [&](int64_t p) __attribute__((always_inline)) {
     Vec<S> row[nv];
 #pragma GCC unroll 3
     for (int v = 0; v < nv; ++v) row[v] = load(b + p * ldb + v * lanes<S>);
@@ -315,7 +315,19 @@ void tile(int64_t k, const S* a, int64_t ai, int64_t ap, const S* b, int64_t ldb
 #pragma GCC unroll 3
       for (int v = 0; v < nv; ++v) acc[i][v] += x * row[v];
     }
+  };
+  constexpr int per_line = 64 / (sizeof(S) * mr);  // steps in which mr rows advance by a cache line's worth
+  int64_t p = 0;
+  if (per_line && ap == 1) {
+    // The rows of the next tile follow these in memory.
+    const S* next = a + mr * ai;
+    for (; p + per_line <= k; p += per_line) {
+      __builtin_prefetch(next + p * mr, 0, 3);
+#pragma GCC unroll 4
+      for (int i = 0; i < per_line; ++i) step(p + i);
+    }
   }
+  for (; p < k; ++p) step(p);
 #pragma GCC unroll 8
   for (int i = 0; i < mr; ++i)
 #pragma GCC unroll 3
@@ -441,6 +453,7 @@ void combine(const int64_t* indices, int64_t tokens, int64_t k, int64_t experts,
 
 // ---------------------------------------------------------------------------------- forward, few tokens per expert
 
+constexpr int AHEAD = 12;         // steps of a vector that dot products read ahead
 constexpr int64_t FEW = 8;  // up to so many tokens, an expert is computed by dot products
 
 // Lane r * nt + t of the result is the dot product of weight row r with vector t; lanes / nt rows.
@@ -451,11 +464,14 @@ template <class S, class W, int nt> INLINE Vec<S> dots(const W* weight, int64_t 
   for (int r = 0; r < nr; ++r) row[r] = weight + std::min<int64_t>(r, rows - 1) * k;
   int64_t i = 0;
   for (; i + n <= k; i += n) {
+    // Some steps ahead: in these rows, or in those that follow them in memory.
+    const int64_t ahead = i + AHEAD * n < k ? i + AHEAD * n : nr * k + i + AHEAD * n - k;
     Vec<S> v[nt];
 #pragma GCC unroll 4
     for (int t = 0; t < nt; ++t) v[t] = load(x[t] + i);
 #pragma GCC unroll 16
     for (int r = 0; r < nr; ++r) {
+      __builtin_prefetch(row[r] + ahead, 0, 3);
       Vec<S> w = load(row[r] + i);
 #pragma GCC unroll 4
       for (int t = 0; t < nt; ++t) acc[r * nt + t] += w * v[t];

@@ -1,4 +1,4 @@
-"""The routed experts on CPU by `kernels_native.cpp`, compiled once per machine at its first use and kept in a cache folder.
+"""The routed experts on CPU by `kernels_native.cpp`, compiled once per machine at its first use and kept in a cache.
 
 Where no compiler is found, or `LATENTIZE_NATIVE=0` is set, `load` gives None and the plain torch kernels serve instead.
 """

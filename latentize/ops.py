@@ -104,7 +104,8 @@ def _forward(hidden: Tensor, indices: Tensor, weights: Tensor, *rest: Any) -> Te
     experts, activation, weights_on_input = Experts(*rest[:6]), Activation(*rest[6:13]), rest[13]
     _check(hidden, indices, weights, experts)
     kernels = kernels_native if kernels_native.serves(hidden, experts) else kernels_torch
-    return kernels.forward(hidden, indices, weights, experts, activation, weights_on_input)
+    combined: Tensor = kernels.forward(hidden, indices, weights, experts, activation, weights_on_input)
+    return combined
 
 
 @torch.library.impl("latentize::latent_experts_backward", "CompositeExplicitAutograd")
