@@ -167,7 +167,8 @@ def expert_load(block: BlockRecord) -> str:
             mean = sum(load.counts) / len(load.counts)
             heights = sorted((count / mean for count in load.counts), reverse=True)
             edges = [i / len(heights) for i in range(len(heights) + 1)]
-            axes.stairs(heights, edges, color=colour, linewidth=1.6, label=f"{label}, N {len(heights)}")
+            look = {"fill": True, "alpha": 0.4} if label == "before" else {"linewidth": 1.6}
+            axes.stairs(heights, edges, color=colour, label=f"{label}, N {len(heights)}", **look)
         axes.set(title=block.name, xlabel="experts, busiest first (share of N)", ylabel="load / mean", xlim=(0, 1))
         axes.set_ylim(bottom=0)
         axes.legend(loc="upper right")

@@ -272,6 +272,13 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "breakable": _breakable, "told_apart": lambda row: told_apart(row.original, row.rewritten), "size": size, "count": count, "seconds": seconds,
-                            "ms": lambda t: "–" if t is None else plots.milliseconds(t.median_ms)}  # fmt: skip
+    environment.filters |= {
+        "number": number,
+        "size": size,
+        "count": count,
+        "seconds": seconds,
+        "breakable": _breakable,
+        "told_apart": lambda row: told_apart(row.original, row.rewritten),
+        "ms": lambda timing: "–" if timing is None else plots.milliseconds(timing.median_ms),
+    }
     return environment
