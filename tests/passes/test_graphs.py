@@ -1,0 +1,260 @@
+"""Blocks in every form a model comes in: FX graphs, wrapped, compiled, in half precision, on meta, in training mode."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+
+import codings
+import contract
+import pytest
+import torch
+from codings_base import HIDDEN, example
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+
+import latentize
+
+FRESH = ((3, 11, 8), (2, 33, 9))
+EXPORTED = ("FusedGateUp", "MultiHot", "GatherBmm", "BiasOnScore", "TransposedStacks", "GatedShared")
+TRACED = ("MultiHot", "KthThreshold", "FlatColumns")
+EXACT = {"variant": "acc", "experts_factor": 2, "topk_factor": 2, "heal_steps": 0, "latent_dim": HIDDEN}
+
+
+def make(name: str) -> codings.Coding:
+    return codings.build(codings.MOES[name])
+
+
+def plain(model: nn.Module, inputs: contract.Inputs) -> Tensor:
+    return model(*inputs[0], **inputs[1])
+
+
+def held(build: Callable[[], nn.Module], run: contract.Run = plain, blocks: int = 1, tolerance: float = 1e-4) -> None:
+    contract.assert_lifted(build, ((example(),), {}), [((example(*f),), {}) for f in FRESH], run, blocks, tolerance)
+
+
+def exported(name: str, decomposed: bool = False) -> fx.GraphModule:
+    dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    program = torch.export.export(make(name), (example(),), dynamic_shapes=dynamic, strict=False)
+    return (program.run_decompositions() if decomposed else program).module()
+
+
+def frozen(module: fx.GraphModule) -> fx.GraphModule:
+    """Exported modules have no eval(); the checks here never call it."""
+    module.training = False
+    return module
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_exported_graph_is_lifted(name: str, decomposed: bool) -> None:
+    held(lambda: frozen(exported(name, decomposed)))
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_traced_graph_is_lifted(name: str) -> None:
+    held(lambda: fx.symbolic_trace(Untyped(make(name))).eval())
+
+
+class Untyped(nn.Module):
+    """Rank is known, sizes are not: what symbolic_trace can follow."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block, self.out = block, nn.Linear(HIDDEN, HIDDEN)
+        with torch.no_grad():
+            self.out.weight.copy_(torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(5)) * 0.2)
+            self.out.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        return self.out(self.block.dense(flat, self.block.combine(flat)) + flat).view(x.shape)
+
+
+class CountNodes(PassBase):
+    """A user's own pass that changes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        self.seen.append(len(graph_module.graph.nodes))
+        return PassResult(graph_module, False)
+
+
+@torch.no_grad()
+def test_pass_works_between_other_passes() -> None:
+    from latentize.passes import LatentizePass
+
+    before, after = CountNodes(), CountNodes()
+    rewrite = LatentizePass(latentize.Recipe(**EXACT))
+    graph = exported("FusedGateUp")
+    original = copy.deepcopy(graph)
+    result = PassManager(passes=[before, rewrite, after], steps=1)(graph)
+    assert result.modified
+    assert [b.status for b in rewrite.blocks] == ["moe"]
+    assert after.seen[0] < before.seen[0]
+    for shape in FRESH:
+        x = example(*shape)
+        assert contract.relative(result.graph_module(x), original(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_pass_reports_that_it_changed_nothing() -> None:
+    from latentize.passes import LatentizePass
+
+    dense = nn.Sequential(nn.Linear(HIDDEN, 64), nn.GELU(), nn.Linear(64, HIDDEN)).eval()
+    graph = torch.export.export(dense, (example(),)).module()
+    code = graph.code
+    rewrite = LatentizePass()
+    result = rewrite(graph)
+    assert not result.modified
+    assert rewrite.blocks == []
+    assert result.graph_module.code == code
+
+
+class Wrapped(nn.Module):
+    """Blocks in a ModuleList in a Sequential, one behind an indirection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.LayerNorm(HIDDEN), nn.Sequential(nn.Sequential(make("SplitCat")), nn.Identity()))
+        self.more = nn.ModuleList([make("NonzeroHit"), nn.Identity()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.body(x)
+        for layer in self.more:
+            x = x + layer(x)
+        return x
+
+
+def test_wrapped_blocks_are_lifted() -> None:
+    held(lambda: Wrapped().eval(), blocks=2)
+
+
+def test_one_module_under_two_names_is_one_block() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = make("SplitCat")
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(x)
+            return x + self.second(x)
+
+    held(lambda: Shared().eval())
+
+
+def test_compiled_model_is_lifted() -> None:
+    held(lambda: torch.compile(Wrapped().eval(), backend="eager"), blocks=2)
+
+
+def test_data_parallel_wrapper_is_lifted() -> None:
+    held(lambda: nn.DataParallel(make("FusedGateUp")).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["FusedGateUp", "SplitCat", "GatherBmm"])
+def test_half_precision_block_is_lifted(name: str, dtype: torch.dtype) -> None:
+    def run(model: nn.Module, inputs: contract.Inputs) -> Tensor:
+        return model(inputs[0][0].to(dtype))
+
+    inputs = ((example().to(dtype),), {})
+    fresh = [((example(*f).to(dtype),), {}) for f in FRESH]
+    contract.assert_lifted(lambda: make(name).to(dtype), inputs, fresh, run, tolerance=3e-2)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_runs_inside_the_callers_grad_mode(context: Callable[[], object]) -> None:
+    with context():
+        model, x = make("SplitCat"), example()
+        assert [b.status for b in latentize.inspect(model, args=(x,))] == ["moe"]
+        result = latentize.convert(model, args=(x,), recipe=latentize.Recipe(**EXACT))
+        assert contract.relative(result.model(example(1, 5, 2)).detach(), model(example(1, 5, 2)).detach()) <= 1e-5
+
+
+def test_training_mode_is_looked_at_in_eval_and_restored() -> None:
+    model = make("TrainOnly").train()
+    tilt, state = model.tilt.clone(), torch.get_rng_state()
+    blocks = latentize.inspect(model, args=(example(),))
+    assert [b.status for b in blocks] == ["moe"]
+    assert model.training
+    assert model.drop.training
+    assert torch.equal(model.tilt, tilt)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_random_states_are_left_alone() -> None:
+    model = make("SplitCat")
+    random.seed(3)
+    states = random.getstate(), torch.get_rng_state()
+    latentize.convert(model, args=(example(),), recipe=latentize.Recipe(**EXACT))
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_hooks_stay_and_do_not_run_during_inspection_results() -> None:
+    model = Wrapped().eval()
+    calls: list[tuple[int, ...]] = []
+    handle = model.body.register_forward_hook(lambda module, args, out: calls.append(tuple(out.shape)))
+    latentize.inspect(model, args=(example(),))
+    assert model.body._forward_hooks
+    calls.clear()
+    converted = latentize.convert(model, args=(example(),), recipe=latentize.Recipe(**EXACT)).model
+    calls.clear()
+    converted(example(1, 4, 1))
+    assert calls == [(1, 4, HIDDEN)]
+    handle.remove()
+
+
+def test_meta_model_is_read_by_structure_only() -> None:
+    with torch.device("meta"):
+        model = codings.MOES["FusedGateUp"]().eval()
+        x = torch.empty(2, 24, HIDDEN)
+    (block,) = latentize.inspect(model, args=(x,))
+    assert block.status == "moe"
+    assert block.max_error is None
+    assert (block.spec.num_experts, block.spec.top_k, block.spec.hidden_size) == (8, 2, HIDDEN)
+    with pytest.raises(latentize.LatentizeError):
+        latentize.convert(model, args=(x,))
+
+
+def test_short_example_still_reaches_every_expert() -> None:
+    for name in ("SplitCat", "AnyContinue", "TokenLoop"):
+        blocks = latentize.inspect(make(name), args=(example(1, 1, 0),))
+        assert [(b.status, b.spec.num_experts) for b in blocks] == [("moe", 8)]
+
+
+def test_all_zero_router_and_bias_hide_nothing() -> None:
+    def build() -> nn.Module:
+        model = make("GroupsTop2Inf")
+        nn.init.zeros_(model.e_bias)
+        return model
+
+    (block,) = latentize.inspect(build(), args=(example(),))
+    assert block.spec.router.selection_bias is not None, "a bias that happens to be zero belongs to the block"
+
+
+@torch.no_grad()
+def test_router_keeps_its_choice_at_a_smaller_latent() -> None:
+    model, x = make("FusedGateUp"), example(3, 11, 8)
+    recipe = latentize.Recipe(latent_dim=HIDDEN // 2, variant="fixed", heal_steps=0)
+    result = latentize.convert(model, args=(example(),), recipe=recipe)
+    (block,) = [m for m in result.model.modules() if type(m).__name__ == "LatentMoE"]
+    ours, theirs = block.router(x.reshape(-1, HIDDEN)).indices, model.route(x.reshape(-1, HIDDEN))[1]
+    assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
+
+
+@torch.no_grad()
+def test_everything_outside_the_blocks_is_the_same_tensors() -> None:
+    model = codings.build(codings.MOES["DecoderModel"])
+    result = latentize.convert(model, kwargs={"ids": torch.arange(40).view(2, 20)}, recipe=latentize.Recipe(**EXACT))
+    ours, theirs = dict(result.model.named_parameters()), dict(model.named_parameters())
+    outside = [n for n in theirs if ".ff." not in n]
+    assert len(outside) > 8
+    assert all(ours[n].data_ptr() == theirs[n].data_ptr() for n in outside)

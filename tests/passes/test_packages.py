@@ -1,0 +1,27 @@
+"""MoE implementations from packages that others wrote."""
+
+from __future__ import annotations
+
+import contract
+import packages
+import pytest
+from torch import Tensor, nn
+
+
+def run(model: nn.Module, inputs: contract.Inputs) -> Tensor:
+    out = model(*inputs[0], **inputs[1])
+    return out if isinstance(out, Tensor) else out[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", packages.CASES)
+def test_package_is_lifted_or_refused(name: str) -> None:
+    make, inputs, expected, tolerance = packages.CASES[name]
+    example = (inputs(2, 24, 0), {})
+    fresh = [(inputs(b, t, s), {}) for b, t, s in ((1, 1, 7), (3, 11, 8), (2, 33, 9))]
+    if expected is None:
+        expected = sum(b.status == "moe" for b in contract.inspect(make, example))
+    if expected:
+        contract.assert_lifted(make, example, fresh, run, expected, tolerance)
+    else:
+        contract.assert_refused(make, example, fresh[1:], run)
