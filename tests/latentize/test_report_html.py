@@ -238,6 +238,7 @@ def test_sixty_blocks_share_one_spectrum_and_a_dozen_loads():
     figures = re.findall(r'role="img" aria-label="([^"]*)"', html)
     assert sum("spectr" in figure for figure in figures) == 1
     assert sum("expert load" in figure for figure in figures) == report_html.MANY_BLOCKS
+    assert "the 12 least even of 60 blocks" in html
     assert len(html) < 1_500_000
 
 
