@@ -1,7 +1,8 @@
 """The first stage of healing: every block learns its original's routed output on the original's own inputs.
 
-The teacher is run a few batches at a time, as many as the bound on kept activations allows, and all blocks take their
-steps on those before the next ones are read.
+Errors are measured as the model's output minds them (`latentize.heal_sensitivity`). The teacher is run a few batches at
+a time, as many as the bound on kept activations allows, and all blocks take their steps on those before the next ones
+are read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from latentize.heal_job import Job, State, cosine, is_evaluation
 from latentize.heal_load import RoutingTap, count, follow, pressure
+from latentize.heal_sensitivity import output_metrics
 from latentize.inputs import Batch, Inputs
 from latentize.moe import LatentMoE
 from latentize.taps import BlockCall, tapped
 
 #: At most so many held-out tokens a block are measured on.
 _HELD_OUT_TOKENS = 8192
+#: Batches from which the metric of the errors is estimated.
+_METRIC_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ def heal_blocks(job: Job, state: State) -> None:
     plan = job.plan
     if not plan.block_steps:
         return
+    metrics = output_metrics(job.teacher, job.teacher_blocks, job.train[:_METRIC_BATCHES], job.loss, job.seed)
     held_out, _ = collect(job, job.held_out, lambda tokens: tokens >= _HELD_OUT_TOKENS)
     if not state.block_best:
-        state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out)
+        state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out, metrics)
     optimizer = job.optimizer(plan.block_rate, state.optimizer)
     while state.block_steps < plan.block_steps and state.stale < plan.patience:
         wanted = (plan.block_steps - state.block_steps) * plan.block_tokens
@@ -63,10 +68,10 @@ def heal_blocks(job: Job, state: State) -> None:
         pieces = {name: torch.randperm(len(a), generator=order).tensor_split(steps) for name, a in chunk.items()}
         for step in range(steps):
             tokens_now = {name: chunk[name].at(rows[step]) for name, rows in pieces.items() if len(rows[step])}
-            _step(job, state, optimizer, tokens_now)
+            _step(job, state, optimizer, tokens_now, metrics)
             state.block_steps += 1
             if is_evaluation(state.block_steps, plan.block_steps, plan.evaluations):
-                _keep_best(job, state, _errors(job, held_out))
+                _keep_best(job, state, _errors(job, held_out, metrics))
             note = f"block-wise, largest block error {max(state.block_best_errors.values(), default=0.0):.4f}"
             job.after_step(state, optimizer, note, resumable=step == steps - 1)
     job.trainables.restore(state.block_best)
@@ -103,13 +108,19 @@ def _token_bytes(job: Job) -> int:
     return max(1, total)
 
 
-def _step(job: Job, state: State, optimizer: torch.optim.Optimizer, tokens: Mapping[str, Activations]) -> None:
+def _step(
+    job: Job,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    tokens: Mapping[str, Activations],
+    metrics: Mapping[str, Tensor],
+) -> None:
     """One step of all blocks; a block whose loss or gradient is not finite sits it out."""
     gradients: list[Tensor | None] = [None] * len(job.trainables.parameters)
     with RoutingTap(job.student_blocks) as tap:
         for name, activations in tokens.items():
             block = job.student_blocks[name]
-            wrong, whole = squared_error(block, activations)
+            wrong, whole = squared_error(block, activations, metrics[name])
             loss = wrong / whole.clamp_min(1e-30)
             routings = tap.take()[name]
             for routing in routings:
@@ -125,20 +136,21 @@ def _step(job: Job, state: State, optimizer: torch.optim.Optimizer, tokens: Mapp
     job.apply(optimizer, gradients, cosine(state.block_steps, job.plan.block_steps, job.plan.warmup))
 
 
-def squared_error(block: LatentMoE, activations: Activations) -> tuple[Tensor, Tensor]:
-    """‖student − teacher‖² and ‖teacher‖² over the tokens, in at least fp32."""
-    target = activations.output.to(torch.promote_types(activations.output.dtype, torch.float32))
+def squared_error(block: LatentMoE, activations: Activations, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """‖(student − teacher) R‖² and ‖teacher R‖² over the tokens for a metric R [d, d], in at least fp32."""
+    target = activations.output.to(torch.promote_types(activations.output.dtype, metric.dtype))
     difference = block(*activations.inputs).to(target.dtype) - target
-    return difference.square().sum(), target.square().sum()
+    root = metric.to(target.dtype)
+    return (difference @ root).square().sum(), (target @ root).square().sum()
 
 
-def _errors(job: Job, held_out: Mapping[str, Activations]) -> dict[str, float]:
-    """Relative error of each block on the held-out tokens."""
+def _errors(job: Job, held_out: Mapping[str, Activations], metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative error of each block on the held-out tokens, in its metric."""
     errors = {}
     with torch.no_grad():
         for name, activations in held_out.items():
             pieces = torch.arange(len(activations)).tensor_split(math.ceil(len(activations) / job.plan.block_tokens))
-            sums = [squared_error(job.student_blocks[name], activations.at(rows)) for rows in pieces]
+            sums = [squared_error(job.student_blocks[name], activations.at(r), metrics[name]) for r in pieces]
             wrong, whole = sum(s[0].item() for s in sums), sum(s[1].item() for s in sums)
             errors[name] = math.sqrt(wrong / whole) if whole else 0.0
     return errors

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -191,12 +191,32 @@ def is_evaluation(step: int, steps: int, evaluations: int) -> bool:
     return step == steps or step * evaluations // steps > (step - 1) * evaluations // steps
 
 
-def split_batches(calibration: Sequence[Batch], plan: HealPlan) -> tuple[list[Batch], list[Batch], list[str]]:
+class Subset(Sequence[Batch]):
+    """Some of the batches, each read when it is asked for."""
+
+    def __init__(self, batches: Sequence[Batch], indices: Sequence[int]) -> None:
+        self._batches, self._indices = batches, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> Subset: ...
+    def __getitem__(self, index: int | slice) -> Batch | Subset:
+        if isinstance(index, slice):
+            return Subset(self._batches, self._indices[index])
+        return self._batches[self._indices[index]]
+
+
+def split_batches(calibration: Sequence[Batch], plan: HealPlan) -> tuple[Subset, Subset, list[str]]:
     """Batches to train on, evenly spread batches held out, and notes."""
     count = len(calibration)
     if count == 1:
-        return list(calibration), list(calibration), ["one calibration batch: it was both trained on and measured on"]
+        only = Subset(calibration, [0])
+        return only, only, ["one calibration batch: it was both trained on and measured on"]
     held = max(1, min(plan.held_out_limit, round(plan.held_out * count)))
-    chosen = {(2 * i + 1) * count // (2 * held) for i in range(held)}
-    train = [batch for i, batch in enumerate(calibration) if i not in chosen]
-    return train, [calibration[i] for i in sorted(chosen)], []
+    chosen = sorted({(2 * i + 1) * count // (2 * held) for i in range(held)})
+    rest = sorted(set(range(count)) - set(chosen))
+    return Subset(calibration, rest), Subset(calibration, chosen), []

@@ -1,15 +1,23 @@
-"""The second stage of healing: the whole student learns the teacher's output."""
+"""The second stage of healing: the whole student learns the teacher's output, and what the teacher's blocks see.
+
+The second part gives the earlier blocks a gradient that has not passed through all the later ones; in few steps it
+brings the output closer than the output's own distance does alone.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation
 from latentize.heal_load import RoutingTap, count, follow, pressure
 from latentize.inputs import Inputs
+from latentize.moe import LatentMoE
 
 #: A held-out loss above this multiple of the best one counts as divergence.
 _RISING = 2.0
@@ -43,13 +51,15 @@ def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]]:
     """Loss of the next batch and its gradients with respect to the parameters."""
     batch = job.train_batch(state.model_steps)
     inputs = Inputs.of(batch)
-    with torch.no_grad():
+    with torch.no_grad(), InputTap(job.teacher_blocks) as teacher_inputs:
         target = inputs.call(job.teacher)
-    with RoutingTap(job.student_blocks) as tap:
+    with RoutingTap(job.student_blocks) as tap, InputTap(job.student_blocks) as student_inputs:
         wrong, whole = job.loss.sums(inputs.call(job.student), target, batch)
         routings = tap.take()
     distance = wrong / whole.clamp_min(1e-30)
     loss = distance
+    if job.plan.match_inputs:
+        loss = loss + job.plan.match_inputs * mismatch(student_inputs.seen, teacher_inputs.seen)
     for name, block in job.student_blocks.items():
         for routing in routings[name]:
             push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
@@ -58,6 +68,42 @@ def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]]:
         state.shares[name] = follow(state.shares[name], count(routings[name], len(state.shares[name])))
     found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
     return distance.item(), list(found)
+
+
+class InputTap:
+    """While entered, collects what goes into some blocks, as (block, tensor) in the order of the calls."""
+
+    def __init__(self, blocks: Mapping[str, LatentMoE]) -> None:
+        self._blocks = blocks
+        self._handles: list[Any] = []
+        self.seen: list[tuple[str, Tensor]] = []
+
+    def __enter__(self) -> Self:
+        for name, block in self._blocks.items():
+            self._handles.append(block.register_forward_pre_hook(self._watch(name), with_kwargs=True))
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _e: BaseException | None, _at: TracebackType | None) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, name: str) -> Any:
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.seen.extend((name, value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+        return keep
+
+
+def mismatch(student: Sequence[tuple[str, Tensor]], teacher: Sequence[tuple[str, Tensor]]) -> Tensor:
+    """Relative squared errors of the student's block inputs against the teacher's, added up over the blocks."""
+    total = torch.zeros(())
+    for (name, mine), (other, its) in zip(student, teacher, strict=True):
+        assert name == other
+        if mine.requires_grad:
+            target = its.to(torch.promote_types(its.dtype, torch.float32))
+            total = total.to(target.device) + (mine.to(target.dtype) - target).square().sum() / target.square().sum()
+    return total
 
 
 def _finite(loss: float, gradients: list[Tensor | None]) -> bool:

@@ -16,7 +16,8 @@ class HealPlan:
     steps, one calibration batch each, distil the whole model. The `held_out` share of the batches (at most
     `held_out_limit`) is never trained on; it is measured `evaluations` times and decides which weights are kept. After
     `patience` measurements in a row without gain the rate falls, and then the stage ends early. An expert below
-    `min_load` of the mean load is pushed above it. `activation_bytes` bounds the teacher activations kept at once.
+    `min_load` of the mean load is pushed above it. End to end, the relative squared error of what reaches each block is
+    added to the loss with the weight `match_inputs`. `activation_bytes` bounds the teacher activations kept at once.
     """
 
     block_steps: int = 200
@@ -30,6 +31,7 @@ class HealPlan:
     evaluations: int = 10
     patience: int = 4
     min_load: float = 0.1
+    match_inputs: float = 0.5
     activation_bytes: int = 256 * 2**20
     save_seconds: float = 30.0
 
