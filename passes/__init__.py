@@ -1,1 +1,57 @@
-"""One room per step from a model to its rewritten form: capture, detect, lift, verify, rewrite."""
+"""One room per step from a model to its rewritten form: scan, capture, detect, lift, place, verify, rewrite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from latentize.moe import LatentMoE
+from latentize.passes import hf_config, sites
+from latentize.passes.find import Found, find_blocks
+from latentize.passes.rewrite import replace_at
+
+__all__ = ["Found", "find_blocks", "replace_blocks", "replace_blocks_from_sites", "site_to_json"]
+
+
+def replace_blocks(
+    model: nn.Module, found: Sequence[Found], modules: Mapping[str, LatentMoE], *, inplace: bool = False
+) -> nn.Module:
+    """The model with each block named in `modules` replaced by its module.
+
+    Args:
+        model: the model that `found` was found in.
+        found: what `find_blocks` returned.
+        modules: new blocks by block name.
+        inplace: rewrite `model` itself instead of a copy that shares its tensors.
+    """
+    places = {item.block.name: item.site for item in found if item.site is not None}
+    return _replace(model, places, modules, inplace=inplace)
+
+
+def site_to_json(found: Found) -> dict[str, Any]:
+    """Where a block sits, as JSON values from which `replace_blocks_from_sites` rebuilds it."""
+    assert found.site is not None
+    return sites.to_json(found.site)
+
+
+def replace_blocks_from_sites(
+    model: nn.Module, places: Mapping[str, Mapping[str, Any]], modules: Mapping[str, LatentMoE]
+) -> nn.Module:
+    """Replace blocks of a freshly built model, in place, at sites that were stored; nothing is detected again.
+
+    Args:
+        model: the original structure, whatever its weights.
+        places: `site_to_json` values by block name.
+        modules: new blocks by block name.
+    """
+    return _replace(model, {name: sites.from_json(place) for name, place in places.items()}, modules, inplace=True)
+
+
+def _replace(
+    model: nn.Module, places: Mapping[str, sites.Site], modules: Mapping[str, LatentMoE], *, inplace: bool
+) -> nn.Module:
+    result = replace_at(model, places, modules, inplace=inplace)
+    hf_config.update(result, list(modules.values()))
+    return result

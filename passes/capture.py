@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latentize.passes.double import kernel
+
 
 @dataclass(eq=False)
 class Value:
@@ -182,7 +184,7 @@ class _Recorder(TorchDispatchMode):
         written = _written(func, args, kwargs)
         for tensor in written:
             self._snapshot(tensor)
-        result = func(*args, **kwargs)
+        result = kernel(func, args)(*args, **kwargs)
         call = Call(len(self.calls), func, *recorded, seen, [], tuple(self.open))
         self.calls.append(call)
         const = all(v.const for v in seen) and torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ())

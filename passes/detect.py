@@ -142,7 +142,7 @@ def regions(head: Head) -> Iterator[Region]:
         if end not in dependent:
             continue
         relevant = dependent & graph.ancestors([end])
-        for output in graph.cuts(relevant, relevant):
+        for output in graph.cuts(relevant, set()):
             if output in seen or not output.tensor.is_floating_point() or output.tensor.numel() % head.tokens:
                 continue
             seen.add(output)
@@ -160,18 +160,27 @@ def _regions_at(head: Head, output: Value) -> Iterator[Region]:
     width = output.tensor.numel() // head.tokens
     if width < 2:
         return
-    relevant = entering | {v for v in inside if v in head.dependent and v is not head.logits}
-    candidates = [v for v in graph.cuts(relevant, entering) if _carries_tokens(v, output)]
+    beyond = {v for v in inside if v in head.dependent and v is not head.logits}
+    candidates = [v for v in graph.cuts(entering, beyond) if _carries_tokens(v, output)]
     router_base = graph.base(head.projection.activation)
     candidates.sort(key=lambda v: (graph.base(v) is not router_base, -v.index))
     tried: set[Value] = set()
     for hidden in candidates:
-        if graph.base(hidden) in tried:
+        if graph.base(hidden) in tried or not _plausible(head, hidden, width):
             continue
         tried.add(graph.base(hidden))
         region = _build(head, hidden, output, rest, inside, width)
         if region.leaves:
             yield region
+
+
+def _plausible(head: Head, hidden: Value, width: int) -> bool:
+    """Whether the experts' width is the router's, or that of a projection of what the router reads."""
+    if width == head.router_input_rows().shape[1]:
+        return True
+    call = graph.base(hidden).call
+    found = None if call is None else graph.projection(call)
+    return found is not None and graph.base(found.activation) is graph.base(head.projection.activation)
 
 
 def _carries_tokens(value: Value, output: Value) -> bool:

@@ -20,6 +20,8 @@ RESHAPES = frozenset(
     {"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "detach", "alias", "clone", "_to_copy",
      "contiguous", "flatten", "unflatten", "lift_fresh", "_read_after_write"}
 )  # fmt: skip
+#: Calls that turn axes, which keeps the order when the turned axes have length 1.
+_TURNS = frozenset({"permute", "transpose", "t", "movedim", "expand"})
 #: Calls that add their source operand onto their first operand at some positions.
 _ACCUMULATIONS = frozenset({"index_add", "scatter_add", "index_put", "scatter_reduce"})
 #: Calls that take only shape, dtype and device from their tensor operands.
@@ -67,15 +69,18 @@ def ancestors(end: Iterable[Value], stop: Callable[[Value], bool] = lambda _: Fa
     return found
 
 
-def cuts(relevant: set[Value], candidates: Iterable[Value]) -> list[Value]:
-    """The candidates through which everything computed before them in `relevant` must pass, earliest first."""
-    order = sorted(relevant, key=lambda v: v.index)
-    last_use = {v: max((o.index for c in v.users for o in c.outputs if o in relevant), default=0) for v in order}
-    wanted = set(candidates)
+def cuts(flow: set[Value], beyond: set[Value]) -> list[Value]:
+    """The values of `flow` through which all that was computed before them in `flow` must pass on its way to `beyond`.
+
+    Earliest first. `beyond` holds further values whose inputs count as uses.
+    """
+    order = sorted(flow, key=lambda v: v.index)
+    counted = flow | beyond
+    last_use = {v: max((o.index for c in v.users for o in c.outputs if o in counted), default=0) for v in order}
     found = []
     reach = 0
     for value in order:
-        if value in wanted and reach <= value.index:
+        if reach <= value.index:
             found.append(value)
         reach = max(reach, last_use[value])
     return found
@@ -83,12 +88,17 @@ def cuts(relevant: set[Value], candidates: Iterable[Value]) -> list[Value]:
 
 def base(value: Value) -> Value:
     """The value that `value` is a reshape or copy of."""
-    while value.call is not None and value.call.name in RESHAPES:
+    while value.call is not None and value.call.name in RESHAPES | _TURNS:
         source = value.call.inputs[0]
-        if source.tensor.numel() != value.tensor.numel():
+        if source.tensor.numel() != value.tensor.numel() or (value.call.name in _TURNS and not _same_order(source, value)):
             break
         value = source
     return value
+
+
+def _same_order(source: Value, value: Value) -> bool:
+    """Whether turning axes left the numbers in order, only axes of length 1 having moved."""
+    return torch.equal(source.tensor.reshape(-1), value.tensor.reshape(-1))
 
 
 def terms(value: Value, dependent: set[Value]) -> tuple[list[Value], list[Value]]:

@@ -141,6 +141,8 @@ def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]
     """Every way to read the roles as gate, up, down and their biases."""
     weights = [role for role in found if role.kind == "weight"]
     biases = [role for role in found if role.kind == "bias"]
+    if len(weights) < 2:
+        return
     last = max(role.level for role in weights)
     downs = [role for role in weights if role.level == last] if last else weights
     for down_role in downs:

@@ -1,0 +1,53 @@
+"""Kernels that PyTorch lacks in fp64, so that any module can be run in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def kernel(func: Any, args: tuple[Any, ...]) -> Any:
+    """The fp64 implementation to call instead of `func` on these arguments; `func` itself where it has one."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
+        return grouped_mm
+    return func
+
+
+def grouped_mm(
+    a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """`aten._grouped_mm`: rows (or columns) of `a` up to each offset times their own matrix of `b`.
+
+    Args:
+        a: [rows, inner] or [groups, rows, inner].
+        b: [groups, inner, columns] or [inner, columns].
+        offs: [groups] end of each group along the axis that is shared out; None when both have a group axis.
+        bias: not supported by PyTorch's own kernel either.
+        out_dtype: dtype of the result.
+    """
+    assert bias is None
+    if offs is None:
+        return torch.bmm(a, b).to(out_dtype or a.dtype)
+    ends = offs.tolist()
+    spans = list(zip([0, *ends[:-1]], ends, strict=True))
+    if a.dim() == 2 and b.dim() == 3:
+        out = a.new_zeros(a.shape[0], b.shape[2])
+        for group, (start, end) in enumerate(spans):
+            out[start:end] = a[start:end] @ b[group]
+    elif a.dim() == 2:
+        out = torch.stack([a[:, start:end] @ b[start:end] for start, end in spans])
+    else:
+        out = a.new_zeros(a.shape[1], b.shape[1])
+        for group, (start, end) in enumerate(spans):
+            out[:, start:end] = a[group] @ b[:, start:end]
+    return out.to(out_dtype or a.dtype)
+
+
+class Fp64Kernels(TorchDispatchMode):
+    """Lets modules run in fp64 whose kernels do not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        return kernel(func, args)(*args, **(kwargs or {}))

@@ -1,0 +1,119 @@
+"""Find a lifted region's nodes in a graph of its module, by the values they compute."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from latentize.passes import trace
+from latentize.passes.lift import Binding
+from latentize.passes.probes import Inputs
+from latentize.passes.rewrite import encode_example
+from latentize.passes.sites import GraphSite, PartsSite, Site
+
+#: Relative difference between a node's value and the recorded one, both in fp64.
+CLOSE = 1e-9
+
+
+def graph_site(path: str | None, randomised: nn.Module, module: nn.Module, inputs: Inputs, binding: Binding) -> GraphSite | None:
+    """The nodes of the routed region in the graph of a module, or None when they cannot be told.
+
+    Args:
+        path: where the module sits; None when the model is a graph itself.
+        randomised: the fp64 copy that the lift was made on.
+        module: the original, for the dtypes of its arguments.
+        inputs: the inputs that the lift was made on.
+        binding: the lift.
+
+    Raises:
+        CaptureError: the module cannot be captured.
+    """
+    double = inputs.to(torch.float64)
+    if path is None:
+        assert isinstance(randomised, fx.GraphModule)
+        captured = copy.deepcopy(randomised)
+    else:
+        captured = trace.capture(randomised, double.args, double.kwargs)
+    values = trace.node_values(captured, *_fresh(inputs))
+    region = binding.region
+    first = region.hidden_channels_first
+    hidden = _nodes(values, region.hidden.tensor)
+    seen = _nodes(values, region.head.projection.activation.tensor)
+    output = _nodes(values, region.output.tensor)
+    pair = _pair(values, hidden, output, region.width, channels_first=first)
+    seen = [n for n in seen if values[n].shape[1 if first else -1] == region.head.router_input_rows().shape[1]]
+    if pair is None or not seen:
+        return None
+    rest = [_nodes(values, term.tensor) for term in region.rest]
+    if not all(rest):
+        return None
+    shape = values[pair[1]].shape
+    terms = [next((n for n in nodes if _adds_to(values[n].shape, shape)), None) for nodes in rest]
+    if any(t is None for t in terms):
+        return None
+    router = pair[0] if not binding.separate_router_input else seen[0]
+    logits = _output_logits(captured, _nodes(values, region.head.logits.tensor))
+    native = inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+    return GraphSite(
+        path, pair[0].name, router.name, pair[1].name, tuple(t.name for t in terms if t is not None), logits, first,
+        encode_example(native.args, native.kwargs),
+    )  # fmt: skip
+
+
+def finish_prefix(site: Site, randomised: nn.Module, binding: Binding) -> Site:
+    """The site with the node named at which its router's own work on its input ends.
+
+    Raises:
+        CaptureError: the router cannot be captured.
+    """
+    if not isinstance(site, PartsSite) or not site.router.prefix:
+        return site
+    frame = next(f for f in binding.region.head.recording.frames if f.path == site.router.path)
+    given = next(a for a in pytree.tree_leaves((frame.args, frame.kwargs)) if isinstance(a, Tensor))
+    captured = trace.capture(randomised.get_submodule(site.router.path), (given.detach().clone(),), {})
+    values = trace.node_values(captured, (given.detach().clone(),), {})
+    nodes = _nodes(values, binding.region.head.projection.activation.tensor)
+    if not nodes:
+        raise trace.CaptureError("the router's input is not found in its graph")
+    return replace(site, router=replace(site.router, prefix=(nodes[0].name, str(given.dim()))))
+
+
+def _fresh(inputs: Inputs) -> tuple[tuple[object, ...], dict[str, object]]:
+    double = inputs.to(torch.float64)
+    return double.args, double.kwargs
+
+
+def _nodes(values: dict[fx.Node, Tensor], wanted: Tensor) -> list[fx.Node]:
+    return trace.matching(values, wanted, CLOSE)
+
+
+def _pair(
+    values: dict[fx.Node, Tensor], hidden: list[fx.Node], output: list[fx.Node], width: int, *, channels_first: bool
+) -> tuple[fx.Node, fx.Node] | None:
+    """Hidden states and routed output of one shape, the last one computed first, so that all that uses it is caught."""
+    axis = 1 if channels_first else -1
+    for out in output:
+        for entered in hidden:
+            shape = values[entered].shape
+            if shape == values[out].shape and len(shape) >= 2 and shape[axis] == width:
+                return entered, out
+    return None
+
+
+def _adds_to(term: torch.Size, shape: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(term, shape) == shape
+    except RuntimeError:
+        return False
+
+
+def _output_logits(captured: fx.GraphModule, nodes: list[fx.Node]) -> str:
+    """The node among `nodes` that the graph returns, if any."""
+    for node in nodes:
+        if any(user.op == "output" for user in node.users):
+            return node.name
+    return ""

@@ -1,0 +1,117 @@
+"""Inputs to try a module on: other lengths and batch sizes, idle and overloaded experts, several magnitudes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from latentize.passes.scan import ModuleCall
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments for one call of a module."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same with copies of floating tensors in `dtype`; the call may write to its inputs."""
+        args, kwargs = pytree.tree_map(lambda a: _copied(a, dtype), (self.args, self.kwargs))
+        return Inputs(self.name, args, kwargs)
+
+
+def _copied(item: Any, dtype: torch.dtype) -> Any:
+    if not isinstance(item, Tensor):
+        return item
+    return item.detach().to(dtype).clone() if item.is_floating_point() else item.detach().clone()
+
+
+@dataclass(frozen=True)
+class Prober:
+    """Makes inputs for one module after the call that it was seen with."""
+
+    call: ModuleCall
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The only floating tensor among the arguments, if there is just one and no other tensor."""
+        tensors = [a for a in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(a, Tensor)]
+        if len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dim() >= 2:
+            return tensors[0]
+        return None
+
+    def seen(self) -> Inputs:
+        """The call as it was seen."""
+        return Inputs("example inputs", self.call.args, self.call.kwargs)
+
+    def with_hidden(self, name: str, hidden: Tensor) -> Inputs:
+        """The call with its hidden states replaced."""
+        args, kwargs = pytree.tree_map(
+            lambda a: hidden if isinstance(a, Tensor) else a, (self.call.args, self.call.kwargs)
+        )
+        return Inputs(name, args, kwargs)
+
+    def random(self, name: str, batch: int, tokens: int, seed: int, spread: float = 0.0) -> Inputs | None:
+        """Random hidden states of the module's rank, magnitudes spread by exp(±spread); None when it takes others too."""
+        like = self.hidden
+        if like is None:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        shape = _shape(like, batch, tokens)
+        size = float(like.double().square().mean().sqrt()) or 1.0
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * size
+        if spread:
+            per_token = list(shape)
+            per_token[1 if like.dim() == 4 else -1] = 1
+            values = values * torch.exp(spread * (2 * torch.rand(per_token, generator=generator, dtype=torch.float64) - 0.7))
+        return self.with_hidden(name, values.to(like.dtype))
+
+    def directed(self, name: str, directions: Tensor, seed: int) -> Inputs | None:
+        """One token along each of `directions` [N, d], so that every expert is selected; None where that is not possible."""
+        like = self.hidden
+        if like is None or like.dim() > 3 or like.shape[-1] != directions.shape[1]:
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        size = float(like.double().square().mean().sqrt()) or 1.0
+        unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12) * directions.shape[1] ** 0.5
+        rows = torch.cat([unit + 0.3 * torch.randn(unit.shape, generator=generator, dtype=torch.float64) for _ in range(4)])
+        rows = rows * size
+        shape = (1, *rows.shape) if like.dim() == 3 else rows.shape
+        return self.with_hidden(name, rows.reshape(shape).to(like.dtype))
+
+    def proofs(self, seed: int) -> list[Inputs]:
+        """Inputs that a lift must survive: the example, one token, odd lengths, a batch, all tokens alike."""
+        found = [self.seen()]
+        like = self.hidden
+        if like is None:
+            return found
+        wanted = [("one token", 1, 1), ("7 tokens", 1, 7), ("batch of 3 × 11", 3, 11), ("64 tokens", 2, 32)]
+        found += [p for n, b, t in wanted if (p := self.random(n, b, t, seed + b + t, spread=0.5)) is not None]
+        alike = self.random("one token", 1, 1, seed + 1)
+        if alike is not None and like.dim() <= 3:
+            (tensor,) = [a for a in pytree.tree_leaves((alike.args, alike.kwargs)) if isinstance(a, Tensor)]
+            repeat = [24 if axis == tensor.dim() - 2 else 1 for axis in range(tensor.dim())]
+            found.append(self.with_hidden("24 equal tokens, most experts idle", tensor.repeat(repeat)))
+        return found
+
+
+def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:
+    if like.dim() == 2:
+        return (batch * tokens, like.shape[1])
+    if like.dim() == 3:
+        return (batch, tokens, like.shape[2])
+    if like.dim() == 4:
+        return (batch, like.shape[1], tokens, 2 if tokens > 1 else 1)
+    return tuple(like.shape)
+
+
+def with_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of a state dict."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}

@@ -1,0 +1,203 @@
+"""Put `LatentMoE` blocks in their places. Everything else is shared with the model that came in, or stays in place."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from latentize.errors import LatentizeError
+from latentize.moe import LatentMoE
+from latentize.passes import trace
+from latentize.passes.blocks import LatentBlock, RoutedExperts, hooked_router
+from latentize.passes.sites import GraphSite, PartsSite, RouterCall, Site, WholeSite
+
+
+def replace_at(model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, LatentMoE], *, inplace: bool = False) -> nn.Module:
+    """The model with each named block replaced.
+
+    Args:
+        model: what to rewrite; left as it is unless `inplace`.
+        sites: where each block sits, by block name.
+        modules: what to put there, by block name; names without a site are an error.
+        inplace: rewrite `model` itself. A model that is one block is still returned anew.
+
+    Returns:
+        The rewritten model; parameters and buffers outside the blocks are the model's own.
+    """
+    if not modules:
+        return model
+    result = model if inplace else sharing_copy(model)
+    for number, (name, moe) in enumerate(modules.items()):
+        site = sites[name]
+        if isinstance(site, PartsSite):
+            _replace_parts(result, site, moe)
+        elif isinstance(site, WholeSite):
+            result = _put(result, site.path, _whole(result, site, moe))
+        elif site.path is None:
+            assert isinstance(result, fx.GraphModule)
+            splice(result, site, moe, number)
+        else:
+            captured = _capture(_get(result, site.path), site)
+            splice(captured, site, moe, number)
+            captured.training = _get(result, site.path).training
+            result = _put(result, site.path, captured)
+    if isinstance(result, fx.GraphModule):
+        trace.clean(result)
+    return result
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model's modules that shares its parameters and buffers."""
+    memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def _get(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    old = owner._modules[name]
+    for other in model.modules():  # a block that is shared between places is replaced in each
+        for key, child in other._modules.items():
+            if child is old:
+                other._modules[key] = module
+    return model
+
+
+def _join(*paths: str) -> str:
+    return ".".join(p for p in paths if p)
+
+
+def _replace_parts(model: nn.Module, site: PartsSite, moe: LatentMoE) -> None:
+    router_path, experts_path = _join(site.path, site.router.path), _join(site.path, site.experts.path)
+    original = _get(model, router_path)
+    router = hooked_router(original, moe.router, site.router, _prefix(original, site.router, moe))
+    experts = RoutedExperts(moe.experts, site.experts)
+    experts.training = _get(model, experts_path).training
+    _put(model, router_path, router)
+    _put(model, experts_path, experts)
+
+
+def _prefix(original: nn.Module, call: RouterCall, moe: LatentMoE) -> nn.Module | None:
+    """What the original router does to its input before its weight, as a graph."""
+    if not call.prefix:
+        return None
+    node, rank = call.prefix
+    assert moe.router.weight is not None
+    example = moe.router.weight.detach().new_ones((2,) * (int(rank) - 1) + (moe.router.weight.shape[1],))
+    graph = trace.capture(original, (example,), {})
+    return trace.cut_at(graph, next(n for n in graph.graph.nodes if n.name == node))
+
+
+def _whole(model: nn.Module, site: WholeSite, moe: LatentMoE) -> nn.Module:
+    original = _get(model, site.path)
+    hooked = None
+    if site.router is not None:
+        hooked = hooked_router(_get(original, site.router.path), moe.router, site.router, None)
+    block = LatentBlock(moe, site, hooked)
+    block.training = original.training
+    return block
+
+
+def encode_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Arguments as JSON: tensors by shape and dtype. None when something else than plain constants is among them."""
+
+    def encode(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return {"shape": list(item.shape), "dtype": str(item.dtype).removeprefix("torch.")}
+        if item is None or isinstance(item, (bool, int, float, str)):
+            return {"constant": item}
+        raise TypeError
+
+    try:
+        return [[encode(a) for a in args], {k: encode(v) for k, v in kwargs.items()}]
+    except TypeError:
+        return None
+
+
+def _capture(module: nn.Module, site: GraphSite) -> fx.GraphModule:
+    if site.example is None:
+        raise LatentizeError(
+            f"block {site.path!r}: its arguments cannot be stored, so its graph cannot be rebuilt; "
+            "load with model=... the original model converted again"
+        )
+    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def decode(item: Any) -> Any:
+        if "constant" in item:
+            return item["constant"]
+        dtype = getattr(torch, item["dtype"])
+        return torch.ones(item["shape"], dtype=like.dtype if dtype.is_floating_point else dtype, device=like.device)
+
+    args, kwargs = site.example
+    training = module.training
+    module.eval()
+    graph = trace.capture(module, tuple(decode(a) for a in args), {k: decode(v) for k, v in kwargs.items()})
+    module.train(training)
+    return graph
+
+
+def splice(graph: fx.GraphModule, site: GraphSite, moe: LatentMoE, number: int) -> None:
+    """Replace the nodes of a block in a graph, in place, by calls of the block's router and experts."""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    missing = [n for n in (site.hidden, site.router_hidden, site.output, *site.rest) if n not in nodes]
+    if missing:
+        raise LatentizeError(f"graph node {missing[0]!r} of block {site.path or site.output!r} is not there: is this the same model?")
+    name = f"latent_moe_{number}"
+    while hasattr(graph, name):
+        name += "_"
+    graph.add_submodule(name, moe)
+    output = nodes[site.output]
+    with graph.graph.inserting_before(output):
+        new, routing = _calls(graph.graph, site, nodes, name)
+        output.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    if site.logits:
+        _swap_logits(graph.graph, nodes[site.logits], routing)
+    trace.clean(graph)
+
+
+def _calls(graph: fx.Graph, site: GraphSite, nodes: Mapping[str, fx.Node], name: str) -> tuple[fx.Node, fx.Node]:
+    hidden, seen = nodes[site.hidden], nodes[site.router_hidden]
+
+    def last(node: fx.Node) -> fx.Node:
+        return graph.call_method("movedim", (node, 1, -1)) if site.channels_first else node
+
+    def flat(node: fx.Node) -> fx.Node:
+        return graph.call_method("flatten", (graph.call_method("unsqueeze", (node, 0)), 0, -2))
+
+    wide = last(hidden)
+    routing = graph.call_module(f"{name}.router", (flat(wide if seen is hidden else last(seen)),))
+    weights = graph.call_function(operator.getitem, (routing, 1))
+    indices = graph.call_function(operator.getitem, (routing, 2))
+    routed = graph.call_module(f"{name}.experts", (flat(wide), indices, weights))
+    result = graph.call_method("view_as", (routed, wide))
+    if site.channels_first:
+        result = graph.call_method("movedim", (result, -1, 1))
+    for term in site.rest:
+        result = graph.call_function(torch.add, (result, nodes[term]))
+    return result, routing
+
+
+def _swap_logits(graph: fx.Graph, logits: fx.Node, routing: fx.Node) -> None:
+    """Let outputs that are the router's logits be the new router's."""
+    with graph.inserting_after(routing):
+        fresh = graph.call_function(operator.getitem, (routing, 0))
+    for user in list(logits.users):
+        if user.op == "output":
+            user.replace_input_with(logits, fresh)
+
+
+def input_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors among the arguments of a call."""
+    return [a for a in pytree.tree_leaves((args, dict(kwargs))) if isinstance(a, Tensor)]

@@ -1,0 +1,114 @@
+"""Run a model once and note where selections happen and what each submodule was called with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentize.passes.graph import SELECTIONS
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """The arguments a submodule was called with, tensors included."""
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Scan:
+    """Where a model selects: for each selection the open module paths, innermost first, and every module's first call."""
+
+    chains: list[tuple[str, ...]] = field(default_factory=list)
+    calls: dict[str, ModuleCall] = field(default_factory=dict)
+    count: dict[str, int] = field(default_factory=dict)  # calls of each module in one run
+
+
+class _Watcher(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.chains: dict[tuple[str, ...], None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in SELECTIONS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            self.chains[tuple(reversed(self.open))] = None
+        return func(*args, **(kwargs or {}))
+
+
+def scan(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scan:
+    """Run `model` once in eval mode without gradients, leaving it, its inputs and the random state as they were.
+
+    Raises:
+        Exception: whatever the model raises on these inputs.
+    """
+    result = Scan()
+    watcher = _Watcher()
+    paths: dict[int, str] = {}
+    for name, module in model.named_modules():
+        paths.setdefault(id(module), name)
+
+    def enter(module: nn.Module, a: tuple[Any, ...], k: dict[str, Any]) -> None:
+        path = paths[id(module)]
+        watcher.open.append(path)
+        result.calls.setdefault(path, ModuleCall(path, module, a, dict(k)))
+        result.count[path] = result.count.get(path, 0) + 1
+
+    def leave(module: nn.Module, *_: Any) -> None:  # noqa: ARG001
+        watcher.open.pop()
+
+    with untouched(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        handles = [m.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for m in _modules(model)]
+        handles += [m.register_forward_hook(leave, with_kwargs=True, always_call=True) for m in _modules(model)]
+        try:
+            with watcher:
+                model(*_cloned(args), **_cloned(dict(kwargs)))
+        finally:
+            for handle in handles:
+                handle.remove()
+    result.chains = list(watcher.chains)
+    return result
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+
+
+def _cloned(tree: Any) -> Any:
+    return pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, tree)
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; training modes, buffers and the random state are put back on leaving."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b is not None and not b.is_meta}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        for module in modes:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers and buffer.shape == buffers[name].shape:
+                        _restore(buffer, buffers[name])
+
+
+def _restore(buffer: Tensor, saved: Tensor) -> None:
+    if not torch.equal(buffer, saved) and not buffer.is_inference():
+        buffer.copy_(saved)

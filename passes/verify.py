@@ -1,0 +1,186 @@
+"""Prove a lift: the block in canonical form, put where it belongs, must compute what the original computes.
+
+Both sides run in fp64 on inputs of other lengths, on the model's weights and on randomised ones, with N and k as they are and
+doubled, and in the model's own dtype against the original's own rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from latentize import rescale
+from latentize.blocks import Probe
+from latentize.moe import LatentMoE, Router
+from latentize.passes.double import Fp64Kernels
+from latentize.passes.lift_router import TIE
+from latentize.passes.probes import Inputs, Prober
+from latentize.passes.rewrite import replace_at
+from latentize.passes.sites import Site
+from latentize.spec import MoESpec
+
+#: A rewrite is exact when its error is at most this many times the original's own rounding error, or FLOOR.
+SLACK, FLOOR = 4.0, 1e-6
+#: Seed of the inputs of a proof; the lift was made on others.
+SEED = 1234
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is to be proved: at `site` of `module` (paths relative to it) sits a block that computes `spec(state)`."""
+
+    module: nn.Module
+    site: Site
+    spec: Callable[[nn.Module], MoESpec]  # the spec with the tensors of a copy of the module, in that copy's dtype
+    share: float  # size of the routed output relative to the module's output
+    outputs: tuple[int, ...]  # positions of output tensors that contain the routed output
+
+
+def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple[tuple[Probe, ...], str]:
+    """Compare original and canonical form.
+
+    Args:
+        candidate: what is to be proved.
+        randomised: copy of the module in fp64 with randomised weights.
+        prober: makes the inputs.
+
+    Returns:
+        The probes, and "" or the reason why the proof failed.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        truth = copy.deepcopy(candidate.module).double().eval()
+        native = copy.deepcopy(candidate.module).eval()
+        probes: list[Probe] = []
+        inputs = prober.proofs(SEED)
+        for label, base, factor in (("", truth, 1), ("randomised weights, ", randomised, 1), ("N and k doubled, ", randomised, 2)):
+            found, reason = _compare(candidate, base, base, inputs, label, factor)
+            probes += found
+            if reason:
+                return tuple(probes), reason
+        found, reason = _compare(candidate, native, truth, inputs, "own dtype, ", 1)
+        return tuple([*probes, *found]), reason
+
+
+def _compare(
+    candidate: Candidate, subject: nn.Module, truth: nn.Module, inputs: list[Inputs], label: str, factor: int
+) -> tuple[list[Probe], str]:
+    spec = candidate.spec(subject)
+    canonical = LatentMoE(rescale.expand(spec, factor, factor) if factor > 1 else spec)
+    rewritten = replace_at(subject, {"": candidate.site}, {"": canonical})
+    dtype = next((p.dtype for p in subject.parameters() if p.is_floating_point()), torch.float32)
+    probes = []
+    for probe in inputs:
+        expected = _run(truth, probe, torch.float64)
+        own = expected if subject is truth else _run(subject, probe, dtype)
+        margins, handle = _margins(canonical.router)
+        ours = _run(rewritten, probe, dtype)
+        handle.remove()
+        if len(ours) != len(expected):
+            return probes, f"its output has {len(expected)} tensors, and {len(ours)} after rewriting ({label}{probe.name})"
+        kept = torch.cat(margins) > TIE if margins else None
+        error, own_error, tied, tokens = 0.0, 0.0, 0, 0 if kept is None else len(kept)
+        for position, (a, b, o) in enumerate(zip(ours, expected, own, strict=True)):
+            if position in candidate.outputs:
+                one, dropped = _relative(a, b, kept, candidate.share)
+                two, _ = _relative(o, b, kept, candidate.share)
+                error, own_error, tied = max(error, one), max(own_error, two), max(tied, dropped)
+            elif factor == 1 and position not in candidate.outputs and not _agrees(a, b, dtype):
+                return probes, f"output {position} differs after rewriting ({label}{probe.name})"
+        probes.append(Probe(label + probe.name, tokens, error, own_error, tied))
+        allowed = max(SLACK * own_error, _floor(dtype))
+        if not error <= allowed:
+            return probes, (
+                f"what it was read as does not hold: relative error {error:.1e} on {label}{probe.name} "
+                f"where rounding allows {allowed:.1e}"
+            )
+    return probes, ""
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Smallest relative error asked for: routers compute in fp32 even in an fp64 model."""
+    return FLOOR if dtype in (torch.float32, torch.float64) else float(torch.finfo(dtype).eps)
+
+
+def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    ready = inputs.to(dtype)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if dtype == torch.float64:
+            with Fp64Kernels():
+                output = module(*ready.args, **ready.kwargs)
+        else:
+            output = module(*ready.args, **ready.kwargs)
+    return [t.detach().clone() for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def _margins(router: Router) -> tuple[list[Tensor], torch.utils.hooks.RemovableHandle]:
+    """Collects, for each token routed, how far its selection is from a tie."""
+    found: list[Tensor] = []
+
+    def watch(_module: nn.Module, _args: object, routing: tuple[Tensor, ...]) -> None:
+        found.append(_margin(routing[0].double(), router))
+
+    return found, router.register_forward_hook(watch)
+
+
+def _margin(logits: Tensor, router: Router) -> Tensor:
+    from latentize.passes.lift_router import _capped, _group_ties
+    from latentize.routing import score, selection_scores
+
+    rule = router.spec
+    capped = logits if rule.softcap is None else _capped(logits, _without_bias(rule))
+    scores = capped if rule.order == "topk_first" else score(capped, rule.score)
+    ranked = selection_scores(capped, scores, rule).sort(-1, descending=True).values
+    if ranked.shape[1] == rule.top_k:
+        return torch.full((len(ranked),), float("inf"), dtype=torch.float64)
+    gap = ranked[:, rule.top_k - 1] - ranked[:, rule.top_k]
+    gap = torch.where(torch.isnan(gap), torch.full_like(gap, float("inf")), gap)
+    return torch.where(_group_ties(capped, scores, rule), torch.zeros_like(gap), gap)
+
+
+def _without_bias(rule: object) -> object:
+    from dataclasses import replace
+
+    return replace(rule, bias=None)  # type: ignore[type-var]
+
+
+def _relative(a: Tensor, b: Tensor, kept: Tensor | None, share: float) -> tuple[float, int]:
+    """Relative error over the tokens whose selection is clear, and how many were left out."""
+    if a.shape != b.shape:
+        return float("inf"), 0
+    a, b = a.double(), b.double()
+    dropped = 0
+    if kept is not None and not bool(kept.all()) and a.dim() >= 2:
+        rows_a, rows_b = _by_token(a, len(kept)), _by_token(b, len(kept))
+        if rows_a is not None and rows_b is not None and bool(kept.any()):
+            dropped = int((~kept).sum())
+            a, b = rows_a[kept], rows_b[kept]
+    error = float((a - b).norm())
+    if error == 0.0:
+        return 0.0, dropped
+    return error / max(float(b.norm()) * min(1.0, share), 1e-300), dropped
+
+
+def _by_token(tensor: Tensor, tokens: int) -> Tensor | None:
+    if tensor.numel() % tokens:
+        return None
+    width = tensor.numel() // tokens
+    if tensor.shape[-1] == width:
+        return tensor.reshape(tokens, width)
+    return tensor.movedim(1, -1).reshape(tokens, width) if tensor.dim() >= 3 and tensor.shape[1] == width else None
+
+
+def _agrees(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether an output beside the routed one is the same, ties and rounding aside."""
+    if a.shape != b.shape:
+        return False
+    if not a.is_floating_point():
+        return a.shape[-1:] == b.shape[-1:]
+    a, b = a.double(), b.double()
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+    return float((a - b)[finite].norm()) <= tolerance * max(float(b[finite].norm()), 1e-12)
