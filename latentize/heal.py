@@ -71,7 +71,7 @@ def heal(
         }
         job = Job(
             student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
-            progress or silent, Checkpoint(checkpoint, fingerprint), notes,
+            progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
         )  # fmt: skip
         return _run(job)
 

@@ -24,6 +24,8 @@ from latentize.soap import Soap
 
 Stage = Literal["blocks", "model", "done"]
 
+#: Measured: projections, which all experts share, want smaller relative steps than experts.
+RATE_FACTORS = {"latent_": 0.35, "router.": 1.5}
 #: How often a stage may go back to its best weights with a smaller rate before it ends, and the factor on the rate.
 FALL_BACKS, FALL_BACK_RATE = 2, 0.3
 
@@ -81,6 +83,7 @@ class Job:
     progress: Progress
     checkpoint: Checkpoint
     notes: list[str]
+    step_sizes: list[float]
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
 
@@ -131,8 +134,13 @@ class Job:
             self.save(state, optimizer)
 
     def optimizer(self, rate: float, saved: dict[str, Any] | None = None) -> Soap:
-        """The optimiser over all masters, as `saved` where given."""
-        optimizer = Soap([{"params": [m], "lr": rate, "rate": rate} for m in self.trainables.masters])
+        """The optimiser over all masters, as `saved` where given; `rate` is relative to the size of each."""
+        groups = []
+        trained = self.trainables
+        for (_, name), master, size in zip(trained.names, trained.masters, self.step_sizes, strict=True):
+            factor = next((f for part, f in RATE_FACTORS.items() if part in name), 1.0)
+            groups.append({"params": [master], "lr": rate * size, "rate": rate * factor * size})
+        optimizer = Soap(groups)
         if saved is not None:
             optimizer.load_state_dict(saved)
         return optimizer

@@ -10,7 +10,7 @@ from latentize.load_balance import ExpertLoad
 
 @dataclass(frozen=True)
 class HealPlan:
-    """The work of healing. Both stages warm up, then follow a cosine to zero.
+    """The work of healing. Both stages warm up to a rate relative to the weights, then follow a cosine to zero.
 
     `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step; `model_steps`
     steps, one calibration batch each, distil the whole model. The `held_out` share of the batches (at most
@@ -23,8 +23,8 @@ class HealPlan:
     block_steps: int = 200
     model_steps: int = 400
     block_tokens: int = 1024
-    block_rate: float = 2e-3
-    model_rate: float = 2e-3
+    block_rate: float = 0.12
+    model_rate: float = 0.12
     warmup: float = 0.05
     held_out: float = 0.05
     held_out_limit: int = 12

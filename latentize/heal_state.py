@@ -39,6 +39,33 @@ class Trainables:
                 self.parameters.append(parameter)
                 self.masters.append(parameter.data.to(torch.promote_types(parameter.dtype, torch.float32)))
 
+    def step_sizes(self, teacher_blocks: Mapping[str, LatentMoE]) -> list[float]:
+        """How large a step of each parameter is a relative change of about 1.
+
+        An optimiser of Adam's kind moves every entry of a matrix [r, c] by its rate, a change of spectral norm up to
+        √(r c) times the rate, while a matrix of independent entries of size s has one near s (√r + √c): their quotient,
+        so that one relative rate serves models of all sizes. s is the smaller of the parameter's and its original's
+        root mean square, since fitted outputs can be large and cancel. A vector moves as the block's matrices do on
+        average.
+        """
+        sizes = []
+        for (block, name), master in zip(self.names, self.masters, strict=True):
+            if "bias" in name:
+                sizes.append(0.0)
+                continue
+            r, c = master.shape[-2:]
+            own = float(master.square().mean().sqrt())
+            original = dict(teacher_blocks[block].named_parameters()).get(name)
+            if original is not None:
+                own = min(own, float(original.detach().double().square().mean().sqrt())) or own
+            sizes.append(own * (r**0.5 + c**0.5) / (r * c) ** 0.5)
+        for block in {name for name, _ in self.names}:
+            places = self.of(block)
+            known = [sizes[i] for i in places if sizes[i]]
+            for i in places:
+                sizes[i] = sizes[i] or (sum(known) / len(known) if known else 1e-3)
+        return sizes
+
     def write(self) -> None:
         """Round the masters into the parameters; nothing to do where a parameter is its own master."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):

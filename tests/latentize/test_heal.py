@@ -18,7 +18,7 @@ from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 VOCABULARY, HIDDEN, LATENT = 24, 16, 8
-QUICK = HealPlan(block_steps=12, model_steps=24, block_tokens=64, block_rate=1e-2, model_rate=1e-2, held_out=0.2)
+QUICK = HealPlan(block_steps=12, model_steps=24, block_tokens=64, block_rate=0.1, model_rate=0.1, held_out=0.2)
 
 
 class TinyLM(nn.Module):
@@ -233,7 +233,7 @@ def test_a_file_that_is_no_state_is_refused_and_nothing_in_it_is_run(tmp_path: P
 
 def test_a_learning_rate_that_diverges_leaves_the_start_or_better_and_says_so():
     student, teacher, student_blocks, teacher_blocks = pair()
-    plan = replace(QUICK, block_steps=0, model_steps=40, model_rate=1e4, patience=2)
+    plan = replace(QUICK, block_steps=0, model_steps=40, model_rate=1e6, patience=2)
     report = heal(student, teacher, student_blocks, teacher_blocks, batches(), steps=plan, seed=0)
     assert report.loss_after <= report.loss_before
     assert any("went back to the best weights" in note for note in report.notes)
@@ -270,7 +270,7 @@ def test_starved_experts_are_revived():
         return replace(spec, router=replace(spec.router, weight=weight, bias=bias))
 
     models = pair(change=kill)
-    plan = replace(QUICK, block_steps=40, model_steps=20, block_rate=5e-2)
+    plan = replace(QUICK, block_steps=40, model_steps=20, block_rate=0.3)
     report = heal(*models, batches(), steps=plan, seed=0)
     for block in report.blocks.values():
         assert block.load_before.min_over_mean < 0.1
@@ -280,7 +280,7 @@ def test_starved_experts_are_revived():
 
 def test_bf16_models_heal_through_fp32_masters():
     models = pair(torch.bfloat16)
-    plan = replace(QUICK, block_rate=1e-3, model_rate=1e-3, model_steps=40)  # below the spacing of bf16 around 1
+    plan = replace(QUICK, block_rate=0.01, model_rate=0.01, model_steps=40)  # steps below the spacing of bf16
     report = heal(*models, batches(), steps=plan, seed=0)
     assert all(p.dtype == torch.bfloat16 for p in models[0].parameters())
     assert report.loss_after < 0.95 * report.loss_before
