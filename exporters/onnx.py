@@ -159,7 +159,7 @@ def _check_request(model: nn.Module, form: str, opset: int) -> None:
 
 
 def _capture(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes: Any = torch.export.ShapesCollection()
     for tensor in inputs.tensors():
         shapes[tensor] = dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO)
     try:

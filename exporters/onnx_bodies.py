@@ -33,6 +33,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
     {
         "loop": onnx_forms.loop,
         "unrolled": onnx_forms.unrolled,
+        "batched": onnx_forms.batched,
         "dense": onnx_forms.dense,
         "gather": onnx_forms.gather,
         "moe": fused,

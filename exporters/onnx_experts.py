@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: Unrolled bodies: at most this many experts in a graph (a thousand load in seconds) and bytes of fp32 weights.
 UNROLLED_EXPERTS, UNROLLED_BYTES = 1024, 1 << 30
-#: Up to this many weights in a matrix, gathering copies of a single token's experts is faster than one node per expert.
-GATHERED_SIZE = 1 << 14
+#: Weights in a matrix up to which an expert's time goes into starting nodes more than into multiplying.
+SMALL = 1 << 14
 
 _OPTIONAL = ("gate", "gate_bias", "up_bias", "down_bias")
 
@@ -105,19 +105,20 @@ def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
 
     One node per expert is fastest once every expert has work, but costs load time and a second copy of the weights:
     only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph. Few pairs go to onnxruntime's fused
-    operator where it is exact; else they are gathered where experts are small, or looped over where most are idle.
+    operator where it is exact; else copies are gathered where experts are small, or the active ones looped over where
+    most are idle.
     """
     fused = not moe_refusal(config)
     experts = sum(c.num_experts for c in every)
     if experts > UNROLLED_EXPERTS or sum(c.weight_bytes for c in every) > UNROLLED_BYTES:
         return "moe" if fused else "loop"
+    small = config.intermediate_size * config.latent_dim <= SMALL
+    many = "batched" if small else "unrolled"
     if fused:
-        return "moe+unrolled"
-    if config.intermediate_size * config.latent_dim <= GATHERED_SIZE:
-        return "gather+unrolled"
-    if config.num_experts > 16 * config.top_k:
-        return "loop+unrolled"
-    return "unrolled"
+        return f"moe+{many}"
+    if small:
+        return f"gather+{many}"
+    return f"loop+{many}" if config.num_experts > 16 * config.top_k else many
 
 
 def _config(node: ir.Node) -> NodeConfig:

@@ -1,0 +1,171 @@
+"""Latency in onnxruntime on CPU of every body form, and of exported blocks, original against rewritten.
+
+    python benchmarks/onnx_forms.py forms            one latent-experts node, every form
+    python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant
+
+One thread; times are CPU time of that thread, so that a busy machine disturbs them little. All graphs of a comparison
+are run in turn, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from measured import keep, table
+from onnx import helper, numpy_helper
+
+from latentize.activations import Activation
+from latentize.exporters.onnx import export_onnx
+from latentize.exporters.onnx_bodies import DOMAIN, FORMS, OP_TYPE, build_body
+from latentize.exporters.onnx_check import open_session
+from latentize.exporters.onnx_experts import choose_form
+from latentize.exporters.onnx_forms import NodeConfig
+from latentize.exporters.onnx_fused import MICROSOFT
+from latentize.moe import LatentMoE
+from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
+
+TOKENS = (1, 16, 256)
+#: What gathering copies of the weights for 256 tokens needs: gigabytes.
+TOO_LARGE = {("gather", 256)}
+#: name -> (d, m, N, k, α)
+BLOCKS = {"teacher": (128, 64, 16, 4, 2), "d512": (512, 512, 64, 8, 4)}
+FORM_SIZES = {"l128_m512_N64_k8": (128, 512, 64, 8), "l64_m64_N32_k8": (64, 64, 32, 8)}
+SECONDS = 2.0
+
+
+def main() -> None:
+    """Measure what was asked for, print the table, keep the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["forms", "blocks"])
+    what = parser.parse_args().what
+    torch.set_num_threads(1)
+    rows = measure_forms() if what == "forms" else measure_blocks()
+    keep("onnx_" + what, rows, ("sizes", "graph", "tokens"))
+    print(table(rows, {"sizes": "", "graph": "", "tokens": "", "ms": ".3f", "ratio": ".2f"}))
+
+
+def measure_forms() -> list[dict[str, Any]]:
+    """Every form of one node; `ratio` is to the fastest form at that number of tokens."""
+    rows = []
+    for sizes, (latent, intermediate, experts, k) in FORM_SIZES.items():
+        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False)
+        auto = choose_form(config, [config])
+        sessions = {form: node_session(form, config) for form in (*FORMS, auto)}
+        for tokens in TOKENS:
+            feeds = node_feeds(config, tokens)
+            calls = {
+                form: _runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
+            }
+            times = interleaved(calls)
+            best = min(ms for form, ms in times.items() if form != auto)
+            for form, ms in times.items():
+                name = f"auto ({form})" if form == auto else form
+                rows.append({"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / best})
+    return rows
+
+
+def measure_blocks() -> list[dict[str, Any]]:
+    """The original block and each variant; `ratio` is to the original at that number of tokens."""
+    rows = []
+    for sizes, (d, m, n, k, alpha) in BLOCKS.items():
+        variants = {
+            "original": make_block(d, m, n, k, None),
+            "acc": make_block(d, m, alpha * n, alpha * k, d // alpha),
+            "eff": make_block(d, m, alpha * n, k, d // alpha),
+            "fixed": make_block(d, m, n, k, d // alpha),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            sessions = {
+                name: block_session(block, d, Path(folder) / f"{name}.onnx") for name, block in variants.items()
+            }
+        for tokens in TOKENS:
+            hidden = np.random.default_rng(tokens).standard_normal((1, tokens, d), dtype=np.float32)
+            calls = {name: _runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
+            times = interleaved(calls)
+            rows += [
+                {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / times["original"]}
+                for name, ms in times.items()
+            ]
+    return rows
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Lower quartile of the CPU milliseconds of each call, one of each per round, about `SECONDS` each."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    while sum(map(sum, samples.values())) < SECONDS * 1e3 * len(calls) and len(next(iter(samples.values()))) < 500:
+        for name, call in calls.items():
+            start = time.thread_time()
+            call()
+            samples[name].append((time.thread_time() - start) * 1e3)
+    return {name: quantiles(times, n=4)[0] for name, times in samples.items()}
+
+
+def node_session(form: str, config: NodeConfig) -> onnxruntime.InferenceSession:
+    """One latent-experts node with random weights and a body of this form."""
+    n, m, width = config.num_experts, config.intermediate_size, config.latent_dim
+    shapes = {"gate": (n, m, width), "up": (n, m, width), "down": (n, width, m)}
+    draw = np.random.default_rng(0).standard_normal
+    weights = [numpy_helper.from_array(draw(s, dtype=np.float32) * s[-1] ** -0.5, name) for name, s in shapes.items()]
+    inputs = [("hidden", 1, width), ("indices", 7, config.top_k), ("weights", 1, config.top_k)]
+    values = [helper.make_tensor_value_info(name, kind, ["T", size]) for name, kind, size in inputs]
+    names = [name for name, *_ in inputs] + list(shapes)
+    node = helper.make_node(OP_TYPE, names, ["combined"], domain=DOMAIN, overload="only", activation="silu")
+    result = helper.make_tensor_value_info("combined", 1, ["T", width])
+    imports = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (DOMAIN, 1), (MICROSOFT, 1))]
+    graph = helper.make_graph([node], "one", values, [result], weights)
+    body = build_body(form, config, 20, "only")
+    model = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "node.onnx"
+        onnx.save(model, path)
+        return open_session(path, threads=1)
+
+
+def node_feeds(config: NodeConfig, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Random hidden states and a uniformly random routing."""
+    generator = np.random.default_rng(tokens)
+    order = generator.random((tokens, config.num_experts)).argsort(axis=1)
+    return {
+        "hidden": generator.standard_normal((tokens, config.latent_dim), dtype=np.float32),
+        "indices": np.ascontiguousarray(order[:, : config.top_k]),
+        "weights": generator.random((tokens, config.top_k), dtype=np.float32),
+    }
+
+
+def make_block(d: int, m: int, n: int, k: int, latent: int | None) -> LatentMoE:
+    """A softmax top-k block of silu GLU experts with random weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
+
+    width = latent or d
+    experts = ExpertsSpec(draw(n, m, width), draw(n, width, m), draw(n, m, width))
+    projections = None if latent is None else LatentSpec(draw(latent, d), draw(d, latent))
+    return LatentMoE(MoESpec(RouterSpec(draw(n, d), k, normalize="sum"), experts, projections))
+
+
+def block_session(block: LatentMoE, d: int, path: Path) -> onnxruntime.InferenceSession:
+    """The block exported with form "auto"."""
+    export_onnx(block, (torch.zeros(2, 5, d),), {}, path)
+    return open_session(path, threads=1)
+
+
+def _runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:
+    return lambda: session.run(None, dict(feeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Which body a node gets: by what it computes, by its size, and by what the whole graph can afford."""
+
+from __future__ import annotations
+
+import pytest
+
+from latentize.activations import Activation
+from latentize.exporters.onnx_experts import choose_form
+from latentize.exporters.onnx_forms import NodeConfig
+
+FLOAT, DOUBLE = 1, 11  # onnx.TensorProto element types
+
+
+def make_config(
+    *, n: int = 64, k: int = 8, latent: int = 128, m: int = 512, activation: str = "silu", dtype: int = FLOAT,
+    on_input: bool = False,
+) -> NodeConfig:  # fmt: skip
+    return NodeConfig(n, k, latent, m, dtype, Activation(activation), ("gate",), on_input)
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [
+        (make_config(), "moe+unrolled"),
+        (make_config(latent=64, m=64), "moe+batched"),
+        (make_config(activation="gelu"), "unrolled"),
+        (make_config(activation="gelu", latent=64, m=64), "gather+batched"),
+        (make_config(activation="gelu", n=256), "loop+unrolled"),
+        (make_config(dtype=DOUBLE), "unrolled"),
+        (make_config(on_input=True), "unrolled"),
+    ],
+)
+def test_form_follows_size_and_what_the_fused_operator_can_express(config: NodeConfig, form: str) -> None:
+    assert choose_form(config, [config]) == form
+
+
+def test_graphs_with_very_many_experts_have_no_node_per_expert() -> None:
+    fused, other = make_config(n=128), make_config(n=128, activation="gelu")
+    assert choose_form(fused, [fused] * 48) == "moe"
+    assert choose_form(other, [other] * 48) == "loop"
+
+
+def test_graphs_with_very_large_weights_do_not_copy_them() -> None:
+    large = make_config(latent=2048, m=4096)
+    assert large.weight_bytes > 1 << 30
+    assert choose_form(large, [large]) == "moe"
