@@ -71,7 +71,7 @@ def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]]:
 
 
 class InputTap:
-    """While entered, collects what goes into some blocks, as (block, tensor) in the order of the calls."""
+    """While entered, collects the hidden states that some blocks' experts read, as (block, [T, d]) in order."""
 
     def __init__(self, blocks: Mapping[str, LatentMoE]) -> None:
         self._blocks = blocks
@@ -80,7 +80,7 @@ class InputTap:
 
     def __enter__(self) -> Self:
         for name, block in self._blocks.items():
-            self._handles.append(block.register_forward_pre_hook(self._watch(name), with_kwargs=True))
+            self._handles.append(block.experts.register_forward_pre_hook(self._watch(name)))
         return self
 
     def __exit__(self, _kind: type[BaseException] | None, _e: BaseException | None, _at: TracebackType | None) -> None:
@@ -89,8 +89,8 @@ class InputTap:
         self._handles.clear()
 
     def _watch(self, name: str) -> Any:
-        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.seen.extend((name, value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self.seen.append((name, args[0]))
 
         return keep
 

@@ -31,7 +31,7 @@ class HealPlan:
     evaluations: int = 10
     patience: int = 4
     min_load: float = 0.1
-    match_inputs: float = 0.5
+    match_inputs: float = 2.0
     activation_bytes: int = 256 * 2**20
     save_seconds: float = 30.0
 

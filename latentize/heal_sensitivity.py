@@ -61,7 +61,7 @@ def _gradients(
 
         return shift
 
-    handles = [block.register_forward_hook(watch(name)) for name, block in blocks.items()]
+    handles = [block.experts.register_forward_hook(watch(name)) for name, block in blocks.items()]
     try:
         output = main_output(Inputs.of(batch).call(model))[0]
     finally:
