@@ -10,9 +10,10 @@ from torch import nn
 from latentize.moe import LatentMoE
 from latentize.passes import hf_config, sites
 from latentize.passes.find import Found, find_blocks
+from latentize.passes.latentize_pass import LatentizePass
 from latentize.passes.rewrite import replace_at
 
-__all__ = ["Found", "find_blocks", "replace_blocks", "replace_blocks_from_sites", "site_to_json"]
+__all__ = ["Found", "LatentizePass", "find_blocks", "replace_blocks", "replace_blocks_from_sites", "site_to_json"]
 
 
 def replace_blocks(

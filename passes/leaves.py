@@ -44,7 +44,7 @@ class Role:
     """Leaves that play one part in every expert: one stacked tensor, or one tensor per expert in order of use."""
 
     kind: Literal["weight", "bias"]
-    level: int  # 0: multiplies the hidden states, 1: what those products became, ...
+    level: int  # weights that the activations it meets went through: 0 for the first weight, 1 for its bias, ...
     members: tuple[Leaf, ...]
 
     @property
@@ -62,7 +62,7 @@ def groupings(region: Region) -> Iterator[list[Role]]:
         if not meets:
             continue
         kind: Literal["weight", "bias"] = "bias" if all(_adds(call, value) for call, value in meets) else "weight"
-        level = max(levels.get(call, 0) for call, _ in meets)
+        level = max(levels.get(call, 0) + _fused_bias(call, value) for call, value in meets)
         classes.setdefault((kind, level, leaf.value.shape), []).append(leaf)
     sizes = {len(members) for members in classes.values()}
     whole = math.gcd(*sizes) if sizes else 1
@@ -109,6 +109,11 @@ def _adds(call: Call, value: Value) -> bool:
     if call.name in {"addmm", "baddbmm", "addmv"}:
         return call.inputs[0] is value
     return call.name in {"linear", "convolution"} and len(call.inputs) > 2 and call.inputs[2] is value
+
+
+def _fused_bias(call: Call, value: Value) -> int:
+    """1 for a bias that is added by the call that multiplies by the weight, else 0."""
+    return int(_adds(call, value) and call.name not in {"add", "sub"})
 
 
 def _levels(region: Region) -> dict[Call, int]:

@@ -154,7 +154,7 @@ def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]
             continue
         for down in readings(stack(down_role), _shape(down_role), (experts, width, neurons)):
             for gate, up in _firsts(firsts, experts, neurons, width):
-                yield from _with_biases(_Reading(gate, up, down), biases, experts, neurons, width)
+                yield from _with_biases(_Reading(gate, up, down), biases, last, experts, neurons, width)
 
 
 def _firsts(firsts: list[Role], experts: int, neurons: int, width: int) -> Iterator[tuple[Bound | None, Bound]]:
@@ -175,12 +175,14 @@ def _firsts(firsts: list[Role], experts: int, neurons: int, width: int) -> Itera
         yield second, first
 
 
-def _with_biases(reading: _Reading, biases: list[Role], experts: int, neurons: int, width: int) -> Iterator[_Reading]:
+def _with_biases(
+    reading: _Reading, biases: list[Role], last: int, experts: int, neurons: int, width: int
+) -> Iterator[_Reading]:
     """The reading with every assignment of the bias leaves that shapes allow."""
     if not biases:
         yield reading
         return
-    options = [_bias_options(role, reading, experts, neurons, width) for role in biases]
+    options = [_bias_options(role, reading, last, experts, neurons, width) for role in biases]
     for combination in itertools.product(*options):
         fields = [name for part in combination for name in part]
         if len(fields) == len(set(fields)):
@@ -188,16 +190,21 @@ def _with_biases(reading: _Reading, biases: list[Role], experts: int, neurons: i
             yield _Reading(reading.gate, reading.up, reading.down, **merged)
 
 
-def _bias_options(role: Role, reading: _Reading, experts: int, neurons: int, width: int) -> list[dict[str, Bound]]:
+def _bias_options(
+    role: Role, reading: _Reading, last: int, experts: int, neurons: int, width: int
+) -> list[dict[str, Bound]]:
+    """Fields that a bias leaf can be; which level it acts at decides between the first weights and down, when known."""
     bound, shape = stack(role), _shape(role)
     options: list[dict[str, Bound]] = []
-    if reading.gate is not None:
-        for pair in readings(bound, shape, (experts, 2, neurons)):
-            one, two = pair.then(lambda t: t[:, 0]), pair.then(lambda t: t[:, 1])
-            options += [{"gate_bias": one, "up_bias": two}, {"gate_bias": two, "up_bias": one}]
-        options += [{"gate_bias": b} for b in readings(bound, shape, (experts, neurons))]
-    options += [{"up_bias": b} for b in readings(bound, shape, (experts, neurons))]
-    options += [{"down_bias": b} for b in readings(bound, shape, (experts, width))]
+    if role.level <= last or not last:
+        if reading.gate is not None:
+            for pair in readings(bound, shape, (experts, 2, neurons)):
+                one, two = pair.then(lambda t: t[:, 0]), pair.then(lambda t: t[:, 1])
+                options += [{"gate_bias": one, "up_bias": two}, {"gate_bias": two, "up_bias": one}]
+            options += [{"gate_bias": b} for b in readings(bound, shape, (experts, neurons))]
+        options += [{"up_bias": b} for b in readings(bound, shape, (experts, neurons))]
+    if role.level > last or not last:
+        options += [{"down_bias": b} for b in readings(bound, shape, (experts, width))]
     return options
 
 
@@ -286,18 +293,26 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
 def _activations(region: Region, *, gated: bool) -> Iterator[Activation]:
     """Activations worth trying, those that the region's calls hint at first, with limits from the numbers it uses."""
     names = {call.name for call in region.calls}
-    hinted = [name for key, hints in _HINTS.items() if key in names for name in hints]
-    ordered = list(dict.fromkeys([*hinted, *FUNCTIONS]))
-    limits = sorted({abs(s) for c in region.calls if c.name in {"clamp", "clamp_max", "clamp_min", "minimum", "maximum", "hardtanh"}
-                     for s in [*c.scalars, *_small_constants(c)] if s})  # fmt: skip
-    slopes = [s for s in region.scalars() if 0.1 < s < 10 and s != 1.0] if "sigmoid" in names else []
-    offsets = (0.0, 1.0) if gated and names & {"add", "add_"} else (0.0,)
-    for name in ordered:
-        for alpha in [1.0, *slopes] if name == "silu" else [1.0]:
-            for offset in offsets:
-                yield Activation(name, alpha, up_offset=offset)
-                for limit in limits:
-                    yield from _limited(name, alpha, offset, limit, gated=gated)
+    hinted = list(dict.fromkeys(name for key, hints in _HINTS.items() if key in names for name in hints))
+    others = [name for name in FUNCTIONS if name not in hinted]
+    limits = sorted({abs(s) for s in _numbers(region, _LIMITERS) if s})
+    slopes = sorted({s for s in _numbers(region, {"mul"}) if 0.1 < s < 10 and s != 1.0}) if "sigmoid" in names else []
+    offsets = (0.0, 1.0) if gated and 1.0 in _numbers(region, {"add"}) else (0.0,)
+    for name in hinted or others:
+        for alpha, offset in itertools.product([1.0, *slopes] if name == "silu" else [1.0], offsets):
+            yield Activation(name, alpha, up_offset=offset)
+            for limit in limits:
+                yield from _limited(name, alpha, offset, limit, gated=gated)
+    yield from (Activation(name) for name in others)
+
+
+#: Calls that clamp.
+_LIMITERS = frozenset({"clamp", "clamp_max", "clamp_min", "minimum", "maximum", "hardtanh"})
+
+
+def _numbers(region: Region, names: frozenset[str] | set[str]) -> list[float]:
+    """Numbers that the named calls of the region use."""
+    return [s for c in region.calls if c.name in names for s in [*c.scalars, *_small_constants(c)]]
 
 
 def _small_constants(call: object) -> list[float]:

@@ -96,8 +96,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b is not None and not b.is_meta}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        for module in modes:
-            module.training = False
+        evaluating(model)
         try:
             yield
         finally:
@@ -107,6 +106,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 for name, buffer in model.named_buffers():
                     if name in buffers and buffer.shape == buffers[name].shape:
                         _restore(buffer, buffers[name])
+
+
+def evaluating(module: nn.Module) -> nn.Module:
+    """The module itself in eval mode, exported modules included, whose own `eval` refuses."""
+    for child in module.modules():
+        child.training = False
+    return module
 
 
 def _restore(buffer: Tensor, saved: Tensor) -> None:

@@ -21,6 +21,7 @@ from latentize.passes.double import Fp64Kernels
 from latentize.passes.lift_router import TIE
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
+from latentize.passes.scan import evaluating
 from latentize.passes.sites import Site
 from latentize.spec import MoESpec
 
@@ -53,8 +54,8 @@ def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple
         The probes, and "" or the reason why the proof failed.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        truth = copy.deepcopy(candidate.module).double().eval()
-        native = copy.deepcopy(candidate.module).eval()
+        truth = evaluating(copy.deepcopy(candidate.module).double())
+        native = evaluating(copy.deepcopy(candidate.module))
         probes: list[Probe] = []
         inputs = prober.proofs(SEED)
         for label, base, factor in (("", truth, 1), ("randomised weights, ", randomised, 1), ("N and k doubled, ", randomised, 2)):
