@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentize import __version__, store, tensors
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.moe import LatentExperts, LatentMoE
-from latentize.sources import Form, Source, first_line
+from latentize.sources import Form, Source, evaluation_mode, first_line
 from latentize.spec import MoESpec
 from latentize.staging import MANIFEST, is_ours
 
@@ -127,7 +127,8 @@ def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
     sites = {name: block.site for name, block in manifest.blocks.items()}
     rewritten = passes.replace_blocks_from_sites(base, sites, modules) if modules else base
     tensors.load_state(rewritten, manifest.folder, manifest.aliases)
-    return rewritten.eval()
+    evaluation_mode(rewritten)
+    return rewritten
 
 
 def read_manifest(folder: Path) -> Manifest:

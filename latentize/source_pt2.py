@@ -15,10 +15,12 @@ from torch import nn
 from torch.export.pt2_archive import constants as pt2
 
 from latentize.errors import LatentizeError
-from latentize.sources import Source, as_inputs, first_line, out_of_memory
+from latentize.sources import Source, as_inputs, evaluation_mode, first_line, out_of_memory
 
 #: Targets a graph may call, and characters a symbolic size may hold: the rest could reach beyond tensor operators.
-_TARGET = re.compile(r"torch\.ops\.\w+\.\w+(\.\w+)?|_operator\.[a-z_]+|math\.[a-z0-9_]+|torch\.sym_\w+|torch\._sym_\w+")
+_TARGET = re.compile(
+    r"torch\.ops\.\w+\.\w+(\.\w+)?|_operator\.[a-z]+_?|math\.[a-z0-9_]+|torch\.sym_\w+|torch\._sym_\w+"
+)
 _EXPRESSION = re.compile(r"[\w\s+\-*/(),<>=!&|~]*")
 
 
@@ -44,7 +46,9 @@ def load_module(path: Path) -> tuple[nn.Module, Any]:
         if out_of_memory(error):
             raise
         raise LatentizeError(f"{path.name}: torch {torch.__version__} cannot load it: {first_line(error)}") from error
-    return program.module(check_guards=False), program.example_inputs
+    module = program.module(check_guards=False)
+    evaluation_mode(module)
+    return module, program.example_inputs
 
 
 def check_archive(path: Path) -> None:

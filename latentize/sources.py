@@ -80,7 +80,7 @@ def open_model(text: str) -> Source:
     path, factory = split_model(text)
     source = _open(path, factory)
     if source.model.training:
-        source.model.eval()
+        evaluation_mode(source.model)
         source.notes.append("the model was in training mode: switched to evaluation mode")
     check_finite(source.model)
     check_runs(source.model, source.args, source.kwargs, f"{path.name}: example inputs")
@@ -99,6 +99,12 @@ def _open(path: Path, factory: str) -> Source:
     if artefact.is_artefact(path):
         return artefact.open_artefact(path)
     return source_hf.open_directory(path)
+
+
+def evaluation_mode(model: nn.Module) -> None:
+    """Set the evaluation flag of every module; exported graphs, which refuse `eval()`, have it too."""
+    for module in model.modules():
+        module.training = False
 
 
 def as_inputs(value: Any, what: str) -> Inputs:
