@@ -52,6 +52,11 @@ class OutputLoss:
         divergence = F.kl_div(a.log_softmax(-1), b.log_softmax(-1), reduction="sum", log_target=True)
         return divergence, divergence.new_tensor(float(max(1, a.shape[0])))
 
+    @staticmethod
+    def usable(teacher: Any) -> bool:
+        """Whether a teacher's output can be learned from: all of it is finite."""
+        return bool(main_output(teacher)[0].isfinite().all())
+
     def over(self, student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> float:
         """The distance over whole batches, without gradients."""
         wrong = whole = 0.0

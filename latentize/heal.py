@@ -10,17 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from latentize.compare import block_errors
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
-from latentize.heal_job import Job, State, split_batches
+from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
 from latentize.heal_state import Checkpoint, Trainables, training_room
-from latentize.inputs import Batch
+from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad, expert_load
 from latentize.moe import LatentMoE
 from latentize.progress import Progress, silent
@@ -62,6 +63,7 @@ def heal(
     train, held_out, notes = split_batches(calibration, steps)
     with training_room(seed, student, teacher):
         trainables = Trainables(student_blocks, teacher)
+        held_out = _usable(teacher, held_out, notes)
         loss = OutputLoss.of(teacher, held_out[0])
         fingerprint = {
             "seed": seed,
@@ -136,6 +138,24 @@ def _keep_better_start(job: Job, state: State) -> None:
             f"({state.loss_before:.4g} -> {loss:.4g}) and was undone"
         )
     state.loss_after_blocks = state.best_loss
+
+
+def _usable(teacher: nn.Module, held_out: Subset, notes: list[str]) -> Subset:
+    """The held-out batches on which the teacher's output is finite.
+
+    Raises:
+        LatentizeError: there is none.
+    """
+    with torch.no_grad():
+        good = [i for i, batch in enumerate(held_out) if OutputLoss.usable(Inputs.of(batch).call(teacher))]
+    if not good:
+        raise LatentizeError(
+            f"healing: the original's output is not finite on any of the {len(held_out)} held-out calibration batches; "
+            "look for NaN or Inf in the model's weights and in the batches"
+        )
+    if len(good) < len(held_out):
+        notes.append(f"{len(held_out) - len(good)} held-out batches gave non-finite outputs and were left out")
+    return held_out.pick(good)
 
 
 def _check(

@@ -82,6 +82,8 @@ def collect(job: Job, batches: Iterable[Batch], enough: Callable[[int], bool]) -
     kept: dict[str, list[Activations]] = {name: [] for name in job.teacher_blocks}
 
     def keep(name: str, call: BlockCall) -> None:
+        if not bool(call.output.isfinite().all()):
+            return
         kept[name].append(Activations(tuple(t.detach() for t in call.inputs), call.output.detach()))
 
     used = 0

@@ -55,6 +55,7 @@ class State:
     stale: int = 0
     fall_backs: int = 0
     early_stopped: bool = False
+    skipped: int = 0
     curve: list[list[float]] = field(default_factory=list)
     held_out_curve: list[list[float]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -95,8 +96,9 @@ class Job:
         """
         if not math.isfinite(loss):
             raise LatentizeError(
-                f"healing: the loss of the rewritten model on held-out batches is {loss}: its output or the original's "
-                "is not finite there; look for NaN or Inf in the calibration batches"
+                f"healing: the distance of the rewritten model's output from the original's is {loss} on held-out data: "
+                "the latent blocks give NaN or Inf there; initialise them again, from other calibration data or in a "
+                "wider dtype"
             )
         counts = {name: list(load.counts) for name, load in loads.items()}
         return State(
@@ -207,6 +209,10 @@ class Subset(Sequence[Batch]):
 
     def __len__(self) -> int:
         return len(self._indices)
+
+    def pick(self, places: Sequence[int]) -> Subset:
+        """The batches at some places of this subset."""
+        return Subset(self._batches, [self._indices[i] for i in places])
 
     @overload
     def __getitem__(self, index: int) -> Batch: ...

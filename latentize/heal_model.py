@@ -28,9 +28,14 @@ def heal_model(job: Job, state: State) -> None:
     plan = job.plan
     optimizer = job.optimizer(plan.model_rate, state.optimizer)
     while state.model_steps < plan.model_steps and not state.early_stopped:
-        loss, gradients = _gradients(job, state)
-        trouble = "" if _finite(loss, gradients) else "a loss or gradient was not finite"
-        if not trouble:
+        found = _gradients(job, state)
+        trouble = ""
+        if found is None:
+            state.skipped += 1
+        elif not _finite(*found):
+            trouble = "a loss or gradient was not finite"
+        else:
+            loss, gradients = found
             factor = state.rate_scale * cosine(state.model_steps, plan.model_steps, plan.warmup)
             job.apply(optimizer, gradients, factor)
             state.curve.append([float(state.model_steps), loss])
@@ -43,16 +48,20 @@ def heal_model(job: Job, state: State) -> None:
         note = f"end to end, held-out loss {state.best_loss:.4g} (was {state.loss_before:.4g})"
         job.after_step(state, optimizer, note)
     job.trainables.restore(state.best)
+    if state.skipped:
+        state.notes.append(f"{state.skipped} steps were skipped: the original's output was not finite on their batches")
     if plan.model_steps and state.best_loss >= state.loss_before:
         state.notes.append("healing found no weights better than the ones it started from, which were kept")
 
 
-def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]]:
-    """Loss of the next batch and its gradients with respect to the parameters."""
+def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]] | None:
+    """Loss of the next batch and its gradients; None where the teacher's own output is not finite."""
     batch = job.train_batch(state.model_steps)
     inputs = Inputs.of(batch)
     with torch.no_grad(), InputTap(job.teacher_blocks) as teacher_inputs:
         target = inputs.call(job.teacher)
+    if not job.loss.usable(target):
+        return None
     with RoutingTap(job.student_blocks) as tap, InputTap(job.student_blocks) as student_inputs:
         wrong, whole = job.loss.sums(inputs.call(job.student), target, batch)
         routings = tap.take()

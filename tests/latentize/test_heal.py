@@ -254,6 +254,31 @@ def test_a_healed_model_is_kept_only_where_it_is_better():
     assert any("no weights better" in note for note in report.notes)
 
 
+def test_batches_with_non_finite_outputs_are_left_out_and_counted():
+    calibration = [(ids.float(),) for (ids,) in batches()]
+
+    def models():
+        student, teacher, *blocks = pair()
+        for model in (student, teacher):
+            model.embed = FromFloat(teacher.embed)
+        return student, teacher, *blocks
+
+    class FromFloat(nn.Module):
+        def __init__(self, embed: nn.Embedding) -> None:
+            super().__init__()
+            self.embed = embed
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embed(ids.nan_to_num().long()) + (ids - ids).unsqueeze(-1)
+
+    for i in (2, 3):  # one held out, one trained on
+        calibration[i][0][0, 0] = float("nan")
+    report = heal(*models(), calibration, steps=QUICK, seed=0)
+    assert report.improved
+    assert any("1 held-out batches" in note for note in report.notes)
+    assert any("3 steps were skipped" in note for note in report.notes)  # 24 steps over 8 batches
+
+
 def test_non_finite_calibration_is_refused_before_training():
     student, teacher, student_blocks, teacher_blocks = pair()
     with torch.no_grad():
