@@ -65,6 +65,22 @@ def serves_backward(hidden: Tensor, experts: Experts) -> bool:
     return hidden.dtype in _BACKWARD and serves(hidden, experts)
 
 
+def pays(indices: Tensor, experts: Experts) -> bool:
+    """Whether the compiled forward is the faster one.
+
+    It is, as measured (benchmarks/runtime.py), but for wide bf16 experts with many tokens each where the processor
+    multiplies bf16 tiles: the kernel computes in fp32.
+    """
+    n, m, width = experts.up.shape
+    wide_and_many = min(m, width) >= 256 and indices.numel() >= 24 * n
+    return not (experts.up.dtype == torch.bfloat16 and wide_and_many and _has_bf16_tiles())
+
+
+@functools.cache
+def _has_bf16_tiles() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def forward(
     hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts, activation: Activation, weights_on_input: bool
 ) -> Tensor:
@@ -181,7 +197,9 @@ def _compiled() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler was found")
     openmp = _openmp()
-    key = hashlib.sha256(_SOURCE.read_bytes())
+    key = hashlib.sha256()
+    for source in (_SOURCE, *sorted(_SOURCE.parent.glob(f"{_SOURCE.stem}_*.h"))):
+        key.update(source.read_bytes())
     key.update(repr((shutil.which(compiler), _FLAGS, _VARIANTS, openmp, _processor())).encode())
     folder = cache_folder()
     path = folder / f"latent_experts-{key.hexdigest()[:20]}.so"

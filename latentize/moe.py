@@ -23,6 +23,9 @@ class Router(nn.Module):
     Logits and scores are computed in fp32 (fp64 for fp64 inputs): in bf16 a few percent of tokens tie between experts.
     """
 
+    selection_bias: Tensor | None
+    per_expert_scale: Tensor | None
+
     def __init__(self, spec: RouterSpec) -> None:
         super().__init__()
         self.weight = _parameter(spec.weight)
@@ -34,6 +37,7 @@ class Router(nn.Module):
     @property
     def spec(self) -> RouterSpec:
         """The routing function with the tensors as they are now."""
+        assert self.weight is not None
         return replace(
             self._rule,
             weight=self.weight,
@@ -45,7 +49,7 @@ class Router(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Raw logits [T, N] of hidden [T, d], in at least fp32."""
         assert self.weight is not None
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def forward(self, hidden: Tensor) -> Routing:
@@ -100,6 +104,8 @@ class LatentExperts(nn.Module):
         """Weighted sum [T, l] of the selected experts' outputs on latent [T, l]."""
         assert self.up is not None
         assert self.down is not None
+        ops.check_indices(indices, self.up.shape[0] + self.num_identity)
+        latent = latent.to(self.up.dtype)  # autocast may have narrowed it
         return ops.compute(
             latent, indices, weights.to(latent.dtype), self.gate, self.up, self.down,
             self.gate_bias, self.up_bias, self.down_bias, self.activation, self.weights_on_input,
@@ -142,5 +148,6 @@ class LatentMoE(nn.Module):
         """Routed output [..., d] of hidden [..., d]; the router reads `router_hidden` [..., d] where it is given."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         seen = flat if router_hidden is None else router_hidden.reshape(-1, router_hidden.shape[-1])
-        routing = self.router(seen)
-        return self.experts(flat, routing.indices, routing.weights).view(hidden.shape)
+        routing: Routing = self.router(seen)
+        routed: Tensor = self.experts(flat, routing.indices, routing.weights)
+        return routed.view(hidden.shape)

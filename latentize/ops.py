@@ -6,6 +6,9 @@ The mathematics is `latentize.reference.experts_forward` without projections; th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 from latentize import kernels_native, kernels_torch
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
+
+_checked: ContextVar[bool] = ContextVar("latentize_checked", default=False)
 
 _TENSORS = (
     "Tensor hidden, Tensor indices, Tensor weights, Tensor? gate, Tensor up, Tensor down, "
@@ -69,6 +74,34 @@ def compute(
     return combined
 
 
+@contextmanager
+def checked() -> Iterator[None]:
+    """Within it, `LatentExperts` refuses expert numbers that name no expert, identity experts included.
+
+    Elsewhere an index past the experts contributes nothing; a negative one is refused everywhere on CPU.
+    """
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
+
+
+def check_indices(indices: Tensor, limit: int) -> None:
+    """Within `checked`, refuse indices outside [0, limit).
+
+    Raises:
+        ValueError: names the smallest and the largest index.
+    """
+    if torch.compiler.is_compiling() or not _checked.get() or not indices.numel():
+        return
+    low, high = int(indices.amin()), int(indices.amax())
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"indices {list(indices.shape)}: expected expert numbers in [0, {limit}), found {low} … {high}"
+        )
+
+
 def _check(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -> None:
     """Refuse arguments that do not fit together.
 
@@ -103,7 +136,8 @@ def _check(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -
 def _forward(hidden: Tensor, indices: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     experts, activation, weights_on_input = Experts(*rest[:6]), Activation(*rest[6:13]), rest[13]
     _check(hidden, indices, weights, experts)
-    kernels = kernels_native if kernels_native.serves(hidden, experts) else kernels_torch
+    native = kernels_native.serves(hidden, experts) and kernels_native.pays(indices, experts)
+    kernels = kernels_native if native else kernels_torch
     combined: Tensor = kernels.forward(hidden, indices, weights, experts, activation, weights_on_input)
     return combined
 
