@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def in_double(module: nn.Module) -> nn.Module:
+    """A copy of the module in fp64 and eval mode; dtypes written into captured graphs are widened too."""
+    double = evaluating(copy.deepcopy(module).double())
+    for child in double.modules():
+        graph = child.__dict__.get("_graph", child.__dict__.get("graph"))
+        if isinstance(graph, fx.Graph):
+            _widen(graph)
+            if isinstance(child, fx.GraphModule):
+                child.recompile()
+    return double
+
+
+def _widen(graph: fx.Graph) -> None:
+    def wide(item: Any) -> Any:
+        return torch.float64 if isinstance(item, torch.dtype) and item in _NARROW else item
+
+    for node in list(graph.nodes):
+        if "_assert_tensor_metadata" in str(node.target) and not node.users:
+            graph.erase_node(node)
+            continue
+        node.args = pytree.tree_map(wide, node.args)
+        node.kwargs = pytree.tree_map(wide, node.kwargs)
+
+
+def evaluating(module: nn.Module) -> nn.Module:
+    """The module itself in eval mode, exported modules included, whose own `eval` refuses."""
+    for child in module.modules():
+        child.training = False
+    return module
 
 
 def kernel(func: Any, args: tuple[Any, ...]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,11 +13,12 @@ from latentize.blocks import Block
 from latentize.passes import graph
 from latentize.passes.capture import Recording, Value, record
 from latentize.passes.detect import Head, find_heads, regions
+from latentize.passes.double import in_double
 from latentize.passes.lift import Binding, lift
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import finish_prefix, graph_site
 from latentize.passes.probes import Inputs, Prober
-from latentize.passes.scan import Scan, evaluating, scan, untouched
+from latentize.passes.scan import Scan, scan, untouched
 from latentize.passes.sites import Site
 from latentize.passes.trace import CaptureError
 from latentize.passes.verify import Candidate, verify
@@ -136,7 +136,7 @@ def _in_module(
 
 def _lifts(module: nn.Module, prober: Prober, innermost: str | None) -> tuple[list[_Lift], list[str]]:
     """Lift the MoEs of one module whose selection happens in the submodule `innermost` (None: anywhere)."""
-    double = evaluating(copy.deepcopy(module).double())
+    double = in_double(module)
     first = record(double, *_call(prober.seen()))
     heads = _heads(first, innermost)
     if not heads:

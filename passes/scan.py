@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latentize.passes.double import evaluating
 from latentize.passes.graph import SELECTIONS
 
 
@@ -106,13 +107,6 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 for name, buffer in model.named_buffers():
                     if name in buffers and buffer.shape == buffers[name].shape:
                         _restore(buffer, buffers[name])
-
-
-def evaluating(module: nn.Module) -> nn.Module:
-    """The module itself in eval mode, exported modules included, whose own `eval` refuses."""
-    for child in module.modules():
-        child.training = False
-    return module
 
 
 def _restore(buffer: Tensor, saved: Tensor) -> None:

@@ -17,11 +17,10 @@ from torch.utils import _pytree as pytree
 from latentize import rescale
 from latentize.blocks import Probe
 from latentize.moe import LatentMoE, Router
-from latentize.passes.double import Fp64Kernels
+from latentize.passes.double import Fp64Kernels, evaluating, in_double
 from latentize.passes.lift_router import TIE
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
-from latentize.passes.scan import evaluating
 from latentize.passes.sites import Site
 from latentize.spec import MoESpec
 
@@ -54,7 +53,7 @@ def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple
         The probes, and "" or the reason why the proof failed.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        truth = evaluating(copy.deepcopy(candidate.module).double())
+        truth = in_double(candidate.module)
         native = evaluating(copy.deepcopy(candidate.module))
         probes: list[Probe] = []
         inputs = prober.proofs(SEED)
