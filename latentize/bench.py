@@ -76,7 +76,7 @@ def latency(callables: Mapping[str, Callable[[], Any]], repeats: int = 30, warmu
     gc.disable()
     try:
         for turn in range(repeats):
-            start = turn % len(names)
+            start = turn % max(1, len(names))
             for name in names[start:] + names[:start]:
                 begin = time.perf_counter_ns()
                 callables[name]()
@@ -119,7 +119,7 @@ def bench_onnx(
     """Latency of exported graphs in onnxruntime on the CPU with as many threads as torch has.
 
     Args:
-        paths: "original" and "rewritten" -> .onnx file; a missing one is left out of the table and noted.
+        paths: "original" and "rewritten" -> .onnx file; one that is missing or does not run is noted, not timed.
         make_inputs: as for `bench_models`; the tensors are fed in order.
 
     Raises:
@@ -137,7 +137,10 @@ def bench_onnx(
             rows.append(Latency.of("onnxruntime", count, {}, inputs))
             continue
         calls = {name: _onnx_call(graph, inputs) for name, graph in sessions.items()}
-        rows.append(Latency.of("onnxruntime", count, latency(calls, repeats, warmup), note))
+        failures = {name: reason for name, call in calls.items() if (reason := _failure(call))}
+        timed = latency({name: call for name, call in calls.items() if name not in failures}, repeats, warmup)
+        notes = [note, *(f"the {name} graph does not run: {reason}" for name, reason in failures.items())]
+        rows.append(Latency.of("onnxruntime", count, timed, "; ".join(filter(None, notes))))
     return tuple(rows)
 
 
@@ -170,6 +173,15 @@ def _torch_call(model: nn.Module, inputs: Inputs) -> Callable[[], Any]:
 def _onnx_call(graph: Any, inputs: Inputs) -> Callable[[], Any]:
     fed = feeds(graph, inputs)
     return lambda: graph.run(None, fed)
+
+
+def _failure(call: Callable[[], Any]) -> str:
+    """Why a graph does not run; "" when it does."""
+    try:
+        call()
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        return " ".join(str(error).split())[:300]
+    return ""
 
 
 def _timing(values: Sequence[float]) -> Timing:

@@ -60,12 +60,12 @@ def test_models_are_timed_at_each_length_in_eval_mode_and_left_as_found():
     assert rewritten[0].training
 
 
-def _export(path):
+def _export(path, width=4):
     pytest.importorskip("onnxruntime")
     helper = pytest.importorskip("onnx").helper
     float32 = 1
-    x = helper.make_tensor_value_info("x", float32, ["t", 4])
-    y = helper.make_tensor_value_info("y", float32, ["t", 4])
+    x = helper.make_tensor_value_info("x", float32, ["t", width])
+    y = helper.make_tensor_value_info("y", float32, ["t", width])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     path.write_bytes(model.SerializeToString())
@@ -78,6 +78,19 @@ def test_exported_graphs_are_timed_and_a_missing_original_is_said(tmp_path):
     assert [(row.backend, row.tokens, row.original) for row in rows] == [("onnxruntime", t, None) for t in (1, 3)]
     assert all(row.rewritten is not None and row.rewritten.median_ms > 0 for row in rows)
     assert "no exported graph of the original" in rows[0].note
+
+
+def test_a_graph_that_does_not_run_is_noted_and_the_other_is_timed(tmp_path):
+    good, bad = _export(tmp_path / "good.onnx"), _export(tmp_path / "bad.onnx", width=5)
+    paths = {"original": good, "rewritten": bad}
+    row = bench_onnx(paths, lambda t: Inputs((torch.randn(t, 4),)), (3,), repeats=2, warmup=0)[0]
+    assert row.original is not None
+    assert row.rewritten is None
+    assert row.ratio is None
+    assert row.note.startswith("the rewritten graph does not run: ")
+    assert "Expected: 5" in row.note
+    both = bench_onnx({"original": bad, "rewritten": bad}, lambda t: Inputs((torch.randn(t, 4),)), (3,))[0]
+    assert both.original is both.rewritten is None
 
 
 def test_inputs_that_do_not_fit_the_graph_are_refused_by_name(tmp_path):
