@@ -96,7 +96,7 @@ class Job:
         """
         if not math.isfinite(loss):
             raise LatentizeError(
-                f"healing: the distance of the rewritten model's output from the original's is {loss} on held-out data: "
+                f"healing: the distance of the rewritten model's output from the original's is {loss} held out: "
                 "the latent blocks give NaN or Inf there; initialise them again, from other calibration data or in a "
                 "wider dtype"
             )
