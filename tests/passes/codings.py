@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codings_around
 import codings_dispatch
+import codings_near
 import codings_refused
 import codings_routing
 import codings_storage
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 __all__ = ["EITHER", "EXPERTS", "HIDDEN", "INTERMEDIATE", "MOES", "NOT_MOES", "TOP_K", "build", "call", "example"]
 
 MOES: dict[str, type[Coding]] = {
-    **codings_storage.MOES, **codings_routing.MOES, **codings_dispatch.MOES, **codings_around.MOES
+    **codings_storage.MOES, **codings_routing.MOES, **codings_dispatch.MOES, **codings_around.MOES,
+    **codings_near.MOES,
 }  # fmt: skip
-NOT_MOES: dict[str, type[Coding]] = codings_refused.NOT_MOES
+NOT_MOES: dict[str, type[Coding]] = {**codings_refused.NOT_MOES, **codings_near.NOT_MOES}
 EITHER: dict[str, type[Coding]] = codings_refused.EITHER
 
 

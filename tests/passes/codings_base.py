@@ -24,11 +24,12 @@ class Coding(nn.Module):
     """One way to write an MoE down. `truth` says what it computes; `forward` computes it its own way.
 
     `blocks` is the number of MoE blocks that must be found in it, `tolerance` the largest relative error at which its
-    output may differ after an exact rewrite.
+    output may differ after an exact rewrite. `loud` multiplies the inputs of checks, where details show on large ones.
     """
 
     blocks = 1
     tolerance = 1e-4
+    loud = 1.0
 
     @staticmethod
     def arguments(x: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:

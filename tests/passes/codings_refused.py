@@ -383,16 +383,6 @@ class SignHash(Stacked):
         return torch.zeros_like(p).scatter(-1, index, p.gather(-1, index))
 
 
-class ConvolvedExperts(Stacked):
-    """Experts look at the previous token too."""
-
-    why = MIXES
-
-    def dense(self, x: Tensor, combine: Tensor) -> Tensor:
-        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-        return super().dense(x + 0.2 * before, combine)
-
-
 class AttentionExperts(Coding):
     """Every expert is a small attention layer."""
 
@@ -865,12 +855,12 @@ NOT_MOES = {
         VectorQuantiser, SparseAttention, HeadRouter, SwitchOverflow, FixedCapacity, QueueDiscount,
         BatchStatistics, SequenceRouter, PreviousToken, TokensNormalised, Sinkhorn, GumbelRouter, InputJitter,
         RandomRouting, EvalDropout, DropPath, CounterBias, CallCounter, PositionHash, SignHash,
-        ConvolvedExperts, AttentionExperts, MixedKinds, OneOddExpert, MaskedSecond, SparseMixer, InnerNorm,
-        OutputNormPerExpert, LoraInside, TopKNeurons, RawLogits, ReluRouter, TokenTemperature, Nucleus,
-        AboveThreshold, WeakSecondDropped, TwoRouters, LeastLikely, SkipFirst, ByRank, SumOfThree, Binarised,
-        ClampedLogits, ClampedHidden, ClampedGate, TopOneWhenAlone, FewerWhenLong, FirstTokenDense,
-        FirstOfBatch, MaxOfExperts, ProductOfExperts, Chained, WeightedTwice, WeightInside, OtherLayersChoice,
-        SecondOrder, InputGate, TopKMask, BeamHead,
+        AttentionExperts, MixedKinds, OneOddExpert, MaskedSecond, SparseMixer, InnerNorm, OutputNormPerExpert,
+        LoraInside, TopKNeurons, RawLogits, ReluRouter, TokenTemperature, Nucleus, AboveThreshold,
+        WeakSecondDropped, TwoRouters, LeastLikely, SkipFirst, ByRank, SumOfThree, Binarised, ClampedLogits,
+        ClampedHidden, ClampedGate, TopOneWhenAlone, FewerWhenLong, FirstTokenDense, FirstOfBatch, MaxOfExperts,
+        ProductOfExperts, Chained, WeightedTwice, WeightInside, OtherLayersChoice, SecondOrder, InputGate,
+        TopKMask, BeamHead,
     )
 }  # fmt: skip
 
@@ -1039,6 +1029,14 @@ class EarlierRouter(Coding):
         return h + self.moe.dense(h, self.moe.combine(x))
 
 
+class ConvolvedExperts(Stacked):
+    """All experts read the token with a part of the one before it: an MoE whose router reads another vector."""
+
+    def dense(self, x: Tensor, combine: Tensor) -> Tensor:
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+        return super().dense(x + 0.2 * before, combine)
+
+
 class SharedAsExpertZero(Stacked):
     """A ninth expert in the same stacks with a constant weight of one."""
 
@@ -1052,7 +1050,7 @@ class SharedAsExpertZero(Stacked):
         return torch.cat([torch.ones_like(routed[..., :1]), routed], -1)
 
 
-class UnevenGroups(Stacked):
+class SwitchedOff(Stacked):
     """Selection masked by a constant: two experts are switched off for good."""
 
     def __init__(self) -> None:
@@ -1096,6 +1094,6 @@ EITHER = {
     for c in (
         MlpRouter, CosineRouter, DistanceRouter, OneDown, AliasedExperts, MutatesInput, DifferentWidths,
         LinearLora, MergedLora, MultiHead, GatedOutput, CountsLoads, SkipsPadding, OwnNorms, EarlierRouter,
-        SharedAsExpertZero, UnevenGroups, ExtraSlot, HalfPrecisionRouter, ClampedOften,
+        ConvolvedExperts, SharedAsExpertZero, SwitchedOff, ExtraSlot, HalfPrecisionRouter, ClampedOften,
     )
 }  # fmt: skip

@@ -14,7 +14,7 @@ SLOW_EVERY = 3
 
 def refuse(name: str) -> None:
     case = codings.NOT_MOES[name]
-    fresh = [case.arguments(example(*f)) for f in FRESH[1:]]
+    fresh = [case.arguments(example(*f) * case.loud) for f in FRESH[1:]]
     contract.assert_refused(lambda: codings.build(case), case.arguments(example()), fresh, run(case))
 
 

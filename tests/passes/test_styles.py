@@ -26,10 +26,10 @@ def run(case: type[Coding]) -> contract.Run:
 
 def lift(name: str) -> None:
     case = {**codings.MOES, **codings.EITHER}[name]
+    fresh = [case.arguments(example(*f) * case.loud) for f in FRESH]
     blocks = contract.assert_lifted(
-        lambda: codings.build(case), case.arguments(example()), [case.arguments(example(*f)) for f in FRESH], run(case),
-        case.blocks, case.tolerance,
-    )  # fmt: skip
+        lambda: codings.build(case), case.arguments(example()), fresh, run(case), case.blocks, case.tolerance
+    )
     if case.blocks == 1 and name in codings.MOES and case.truth is not Coding.truth:
         assert_sizes(blocks[0].spec, codings.build(case).truth())
 
