@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import json
 import re
@@ -21,7 +22,8 @@ from latentize.sources import Source, as_inputs, evaluation_mode, first_line, ou
 _TARGET = re.compile(
     r"torch\.ops\.\w+\.\w+(\.\w+)?|_operator\.[a-z]+_?|math\.[a-z0-9_]+|torch\.sym_\w+|torch\._sym_\w+"
 )
-_EXPRESSION = re.compile(r"[\w\s+\-*/(),<>=!&|~]*")
+_EXPRESSION = re.compile(r"[\w\s+\-*/(),<>=!&|~%]*")
+_BUILTINS = set(dir(builtins)) - {"True", "False", "None", "abs", "max", "min", "pow", "round"}
 
 
 def open_pt2(path: Path) -> Source:
@@ -109,8 +111,16 @@ def _check_graph(path: Path, document: Any) -> None:
     for key, value in _strings(document):
         if key == "target" and value.startswith(("torch", "_operator", "math", "#")) and not _TARGET.fullmatch(value):
             raise LatentizeError(f"{path.name}: its graph calls {value!r}, which is not a tensor operator; refused")
-        if key == "expr_str" and ("__" in value or not _EXPRESSION.fullmatch(value)):
+        if key == "expr_str" and not _is_arithmetic(value):
             raise LatentizeError(f"{path.name}: its graph has a size {value[:40]!r} that is not arithmetic; refused")
+
+
+def _is_arithmetic(expression: str) -> bool:
+    """Whether a symbolic size, which torch evaluates, has no strings, attributes or built-in functions in it."""
+    plain = re.sub(r"Symbol\('\w+'", "Symbol(0", expression)
+    plain = re.sub(r"\d\.\d*", "0", plain)
+    names = set(re.findall(r"[A-Za-z_]\w*", plain))
+    return _EXPRESSION.fullmatch(plain) is not None and "__" not in plain and not names & _BUILTINS
 
 
 def _strings(document: Any) -> Iterator[tuple[str, str]]:

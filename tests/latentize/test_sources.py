@@ -3,16 +3,18 @@
 import io
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from latentize.errors import LatentizeError
 from latentize.source_file import open_file
 from latentize.source_pt2 import check_archive, copy_graph, load_module
 from latentize.sources import as_inputs, check_finite, describe_inputs, open_model, split_model
-from torch import nn
 
 GOOD = """
 import torch
@@ -179,7 +181,7 @@ def test_a_copy_of_model_py_finds_its_data_where_the_original_was(tmp_path):
     original = write(tmp_path / "here", text + GOOD.replace("Net().eval()", "Net(WIDTH).eval()"))
     copied = write(tmp_path / "copy", original.read_text())
     assert open_file(copied, origin=original).model.linear.in_features == 4
-    with pytest.raises(LatentizeError, match="width.txt"):
+    with pytest.raises(LatentizeError, match="width"):
         open_file(copied)
 
 
@@ -296,6 +298,24 @@ def test_a_pt2_whose_graph_reaches_beyond_operators_is_refused(pt2, tmp_path, ta
         return content.replace(b"torch.ops.aten.mul.Tensor", target.encode()) if "models/" in name else content
 
     fails(rewrite_archive(pt2[1], tmp_path / "bad.pt2", change), target, "not a tensor operator")
+
+
+@pytest.mark.parametrize("size", ["exec(chr(49))", "().__class__", "open('x')", "s0.real"])
+def test_a_pt2_whose_sizes_are_code_is_refused(tmp_path, size):
+    program = torch.export.export(
+        Doubler(), (torch.randn(3, 4),), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},), strict=False
+    )
+    torch.export.save(program, tmp_path / "model.pt2")
+    assert open_model(str(tmp_path / "model.pt2")).model(torch.ones(5, 4)).shape == (5, 4)
+
+    def change(name: str, content: bytes) -> bytes:
+        if "models/" not in name:
+            return content
+        graph, replaced = re.subn(rb'"expr_str": "[^"]*"', b'"expr_str": "' + size.encode() + b'"', content)
+        assert replaced
+        return graph
+
+    fails(rewrite_archive(tmp_path / "model.pt2", tmp_path / "bad.pt2", change), "not arithmetic")
 
 
 def test_a_pt2_with_two_records_of_one_name_is_refused(pt2, tmp_path):
