@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from latentize.moe import LatentMoE
 from latentize.passes import hf_config, sites
@@ -28,7 +28,8 @@ def replace_blocks(
         inplace: rewrite `model` itself instead of a copy that shares its tensors.
     """
     places = {item.block.name: item.site for item in found if item.site is not None}
-    return _replace(model, places, modules, inplace=inplace)
+    templates = {item.block.name: item.template for item in found if item.template is not None}
+    return _replace(model, places, modules, templates, inplace=inplace)
 
 
 def site_to_json(found: Found) -> dict[str, Any]:
@@ -47,12 +48,17 @@ def replace_blocks_from_sites(
         places: `site_to_json` values by block name.
         modules: new blocks by block name.
     """
-    return _replace(model, {name: sites.from_json(place) for name, place in places.items()}, modules, inplace=True)
+    return _replace(model, {name: sites.from_json(place) for name, place in places.items()}, modules, {}, inplace=True)
 
 
 def _replace(
-    model: nn.Module, places: Mapping[str, sites.Site], modules: Mapping[str, LatentMoE], *, inplace: bool
+    model: nn.Module,
+    places: Mapping[str, sites.Site],
+    modules: Mapping[str, LatentMoE],
+    templates: Mapping[str, fx.GraphModule],
+    *,
+    inplace: bool,
 ) -> nn.Module:
-    result = replace_at(model, places, modules, inplace=inplace)
+    result = replace_at(model, places, modules, templates=templates, inplace=inplace)
     hf_config.update(result, list(modules.values()))
     return result

@@ -16,14 +16,18 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 def in_double(module: nn.Module) -> nn.Module:
     """A copy of the module in fp64 and eval mode; dtypes written into captured graphs are widened too."""
-    double = evaluating(copy.deepcopy(module).double())
-    for child in double.modules():
+    return widen(evaluating(copy.deepcopy(module).double()))
+
+
+def widen(module: nn.Module) -> nn.Module:
+    """Let the captured graphs in a module compute in fp64, in place."""
+    for child in module.modules():
         graph = child.__dict__.get("_graph", child.__dict__.get("graph"))
         if isinstance(graph, fx.Graph):
             _widen(graph)
             if isinstance(child, fx.GraphModule):
                 child.recompile()
-    return double
+    return module
 
 
 def _widen(graph: fx.Graph) -> None:

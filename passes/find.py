@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from latentize.passes.detect import Head, find_heads, regions
 from latentize.passes.double import in_double
 from latentize.passes.lift import Binding, lift
 from latentize.passes.place import parts_site, whole_site
-from latentize.passes.place_graph import finish_prefix, graph_site
+from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.scan import Scan, scan, untouched
-from latentize.passes.sites import Site
+from latentize.passes.sites import GraphSite, Site
 from latentize.passes.trace import CaptureError
 from latentize.passes.verify import Candidate, verify
 from latentize.spec import MoESpec
@@ -37,6 +37,7 @@ class Found:
 
     block: Block
     site: Site | None = None
+    template: fx.GraphModule | None = field(default=None, repr=False)  # the graph of a graph site's module
 
 
 @dataclass(frozen=True)
@@ -174,44 +175,50 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: _Lift) -> Found:
         bound = spec(module)
         projected = replace(bound, latent=None)
         return Found(Block(name, "latent", "it has latent projections already", projected))
-    state = dict(_state(item.randomised))
-    reasons = []
-    for make in (parts_site, whole_site, _graph(module, item)):
+    reasons: list[str] = []
+    for site, template in _places(module, path, item, reasons):
+        candidate = Candidate(module, site, spec, _share(binding), _outputs(binding), template)
         try:
-            site = make("", binding, state)
-        except CaptureError as error:
-            reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
-            continue
-        if site is None:
-            continue
-        try:
-            site = finish_prefix(site, item.randomised, binding)
-            candidate = Candidate(module, site, spec, _share(binding), _outputs(binding))
             probes, reason = verify(candidate, item.randomised, prober)
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
             continue
         if not reason:
-            if isinstance(module, fx.GraphModule) and not path:
-                name = site.output  # type: ignore[union-attr, assignment]
+            if isinstance(site, GraphSite) and site.path is None:
+                name = site.output
             worst = max((p.error for p in probes), default=0.0)
-            return Found(Block(name, "moe", "", spec(module), worst, probes), _at(site, path, module))
+            return Found(Block(name, "moe", "", spec(module), worst, probes), _at(site, path), template)
         reasons.append(reason)
     return Found(_refused(name, reasons[-1] if reasons else "what lies around the routed path could not be rewritten"))
 
 
-def _graph(module: nn.Module, item: _Lift) -> Any:
-    def make(path: str, binding: Binding, _state: Mapping[str, Tensor]) -> Site | None:
-        return graph_site(None if isinstance(module, fx.GraphModule) else path, item.randomised, module, item.inputs, binding)
+def _places(
+    module: nn.Module, path: str, item: _Lift, reasons: list[str]
+) -> Iterator[tuple[Site, fx.GraphModule | None]]:
+    """Where a lift may be put back, least intrusive first; why a way is closed goes to `reasons`."""
+    state = dict(_state(item.randomised))
+    parts = parts_site("", item.binding, state)
+    if parts is not None:
+        try:
+            yield finish_prefix(parts, item.randomised, item.binding), None
+        except CaptureError as error:
+            reasons.append(f"its router could not be captured as a graph ({error})")
+    whole = whole_site("", item.binding, state)
+    if whole is not None:
+        yield whole, None
+    try:
+        template = None if isinstance(module, fx.GraphModule) and not path else capture_at(module, item.inputs)
+    except CaptureError as error:
+        reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
+        return
+    nodes = graph_site(template, item.randomised, module, item.inputs, item.binding)
+    if nodes is not None:
+        yield nodes, template
 
-    return make
 
-
-def _at(site: Site, path: str, module: nn.Module) -> Site:
+def _at(site: Site, path: str) -> Site:
     """The site with its path from the model's root."""
-    if isinstance(module, fx.GraphModule) and not path:
-        return site
-    return replace(site, path=path)
+    return site if site.path is None else replace(site, path=path)
 
 
 def _share(binding: Binding) -> float:

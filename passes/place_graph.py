@@ -12,32 +12,43 @@ from torch.utils import _pytree as pytree
 from latentize.passes import trace
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs
-from latentize.passes.rewrite import encode_example
+from latentize.passes.double import evaluating
+from latentize.passes.rewrite import encode_example, sharing_copy
 from latentize.passes.sites import GraphSite, PartsSite, Site
 
-#: Relative difference between a node's value and the recorded one, both in fp64.
-CLOSE = 1e-9
+#: Relative difference between a node's value and the recorded one; casts to fp32 inside a module cost it that much.
+CLOSE = 1e-6
 
 
-def graph_site(path: str | None, randomised: nn.Module, module: nn.Module, inputs: Inputs, binding: Binding) -> GraphSite | None:
-    """The nodes of the routed region in the graph of a module, or None when they cannot be told.
-
-    Args:
-        path: where the module sits; None when the model is a graph itself.
-        randomised: the fp64 copy that the lift was made on.
-        module: the original, for the dtypes of its arguments.
-        inputs: the inputs that the lift was made on.
-        binding: the lift.
+def capture_at(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """A graph of a module, captured in its own dtype.
 
     Raises:
         CaptureError: the module cannot be captured.
     """
-    double = inputs.to(torch.float64)
-    if path is None:
+    native = _native(module, inputs)
+    return trace.capture(evaluating(sharing_copy(module)), native.args, native.kwargs)
+
+
+def _native(module: nn.Module, inputs: Inputs) -> Inputs:
+    return inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+
+
+def graph_site(template: fx.GraphModule | None, randomised: nn.Module, module: nn.Module, inputs: Inputs, binding: Binding) -> GraphSite | None:
+    """The nodes of the routed region in the graph of a module, or None when they cannot be told.
+
+    Args:
+        template: the graph captured from the module; None when the module is a graph itself.
+        randomised: the fp64 copy that the lift was made on.
+        module: the original, for the dtypes of its arguments.
+        inputs: the inputs that the lift was made on.
+        binding: the lift.
+    """
+    if template is None:
         assert isinstance(randomised, fx.GraphModule)
         captured = copy.deepcopy(randomised)
     else:
-        captured = trace.capture(randomised, double.args, double.kwargs)
+        captured = trace.bound(template, randomised)
     values = trace.node_values(captured, *_fresh(inputs))
     region = binding.region
     first = region.hidden_channels_first
@@ -57,9 +68,9 @@ def graph_site(path: str | None, randomised: nn.Module, module: nn.Module, input
         return None
     router = pair[0] if not binding.separate_router_input else seen[0]
     logits = _output_logits(captured, _nodes(values, region.head.logits.tensor))
-    native = inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+    native = _native(module, inputs)
     return GraphSite(
-        path, pair[0].name, router.name, pair[1].name, tuple(t.name for t in terms if t is not None), logits, first,
+        None if template is None else "", pair[0].name, router.name, pair[1].name, tuple(t.name for t in terms if t is not None), logits, first,
         encode_example(native.args, native.kwargs),
     )  # fmt: skip
 

@@ -18,13 +18,21 @@ from latentize.passes.blocks import LatentBlock, RoutedExperts, hooked_router
 from latentize.passes.sites import GraphSite, PartsSite, RouterCall, Site, WholeSite
 
 
-def replace_at(model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, LatentMoE], *, inplace: bool = False) -> nn.Module:
+def replace_at(
+    model: nn.Module,
+    sites: Mapping[str, Site],
+    modules: Mapping[str, LatentMoE],
+    *,
+    templates: Mapping[str, fx.GraphModule] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
     """The model with each named block replaced.
 
     Args:
         model: what to rewrite; left as it is unless `inplace`.
         sites: where each block sits, by block name.
         modules: what to put there, by block name; names without a site are an error.
+        templates: graphs captured from the modules of graph sites already, by block name; captured anew where missing.
         inplace: rewrite `model` itself. A model that is one block is still returned anew.
 
     Returns:
@@ -43,9 +51,10 @@ def replace_at(model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str
             assert isinstance(result, fx.GraphModule)
             splice(result, site, moe, number)
         else:
-            captured = _capture(_get(result, site.path), site)
+            module, template = _get(result, site.path), (templates or {}).get(name)
+            captured = _capture(module, site) if template is None else trace.bound(template, module)
             splice(captured, site, moe, number)
-            captured.training = _get(result, site.path).training
+            captured.training = module.training
             result = _put(result, site.path, captured)
     if isinstance(result, fx.GraphModule):
         trace.clean(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
+
+from latentize.passes.double import widen
 
 #: Calls that check something and compute nothing; they keep dead code alive.
 _CHECKS = ("_assert", "sym_constrain", "_guards_fn", "assert_")
@@ -44,6 +47,19 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     assert isinstance(graph, fx.GraphModule)
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)
+    return graph
+
+
+def bound(template: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
+    """A captured graph with the parameters and buffers of another copy of the module it was captured from."""
+    state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    own = [*template.named_parameters(), *template.named_buffers()]
+    graph = copy.deepcopy(template, {id(t): state[name] for name, t in own if name in state})
+    if any(t.dtype == torch.float64 for t in state.values()):
+        widen(graph)
+        for name, buffer in graph.named_buffers():
+            if name not in state and buffer.is_floating_point():
+                buffer.data = buffer.data.double()
     return graph
 
 
@@ -147,7 +163,7 @@ def _drop_unused(graph: fx.GraphModule, used: Iterable[str]) -> None:
 def cut_at(graph: fx.GraphModule, node: fx.Node) -> fx.GraphModule:
     """The graph with `node` as its only output, in place."""
     output = next(n for n in graph.graph.nodes if n.op == "output")
-    output.args = (node,)
+    output.args = ((node,),)
     if hasattr(graph.graph._codegen, "pytree_info"):
         info = graph.graph._codegen.pytree_info
         graph.graph._codegen.pytree_info = info._replace(out_spec=pytree.tree_structure(0))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from latentize import rescale
@@ -39,6 +39,7 @@ class Candidate:
     spec: Callable[[nn.Module], MoESpec]  # the spec with the tensors of a copy of the module, in that copy's dtype
     share: float  # size of the routed output relative to the module's output
     outputs: tuple[int, ...]  # positions of output tensors that contain the routed output
+    template: fx.GraphModule | None = None  # the module's graph, for a graph site
 
 
 def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple[tuple[Probe, ...], str]:
@@ -71,7 +72,8 @@ def _compare(
 ) -> tuple[list[Probe], str]:
     spec = candidate.spec(subject)
     canonical = LatentMoE(rescale.expand(spec, factor, factor) if factor > 1 else spec)
-    rewritten = replace_at(subject, {"": candidate.site}, {"": canonical})
+    templates = {} if candidate.template is None else {"": candidate.template}
+    rewritten = replace_at(subject, {"": candidate.site}, {"": canonical}, templates=templates)
     dtype = next((p.dtype for p in subject.parameters() if p.is_floating_point()), torch.float32)
     probes = []
     for probe in inputs:
