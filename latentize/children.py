@@ -17,7 +17,10 @@ from latentize.routing import Routing
 from latentize.spec import MoESpec
 
 #: Standard deviation of the difference between two siblings' logits.
-SPLIT = 1.0
+SPLIT = 0.25
+
+#: The same between two banks of experts.
+BANK_SPLIT = 0.1
 
 
 def condition(spec: MoESpec, parents: int, dropped: Tensor, hidden: Tensor, routing: Routing) -> MoESpec:
@@ -31,6 +34,8 @@ def condition(spec: MoESpec, parents: int, dropped: Tensor, hidden: Tensor, rout
         routing: the original routing of these tokens, over `parents` experts.
     """
     a = spec.num_experts // parents
+    if a == 1:
+        return spec
     weight = spec.router.weight
     shifts = torch.zeros(a, *weight.shape[1:], dtype=hidden.dtype, device=hidden.device).unsqueeze(1)
     shifts = shifts.repeat(1, parents, 1)
@@ -66,5 +71,5 @@ def bank_directions(x: Tensor, dropped: Tensor, count: int) -> Tensor:
     rows = directions.T @ dropped
     rows = rows - (rows @ mean).unsqueeze(1) * mean
     scale = (centred @ rows.T).std(0).clamp_min(1e-30)
-    shifts: Tensor = simplex(count).to(x)[:, : len(scale)] @ (rows / scale.unsqueeze(1))
+    shifts: Tensor = BANK_SPLIT * simplex(count).to(x)[:, : len(scale)] @ (rows / scale.unsqueeze(1))
     return shifts

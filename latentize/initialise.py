@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from latentize.children import condition
+from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
-from latentize.output_fit import coefficients, factorise, features, fit
+from latentize.output_fit import coefficients, damping, factorise, features, fit, neuron_loads
 from latentize.plan import BlockPlan
-from latentize.projections import gram, input_projection, leading, output_gram, reconstruction, shrink
+from latentize.projections import gram, input_projection, leading, metric, output_gram, reconstruction, shrink
 from latentize.reference import experts_forward, router_forward
-from latentize.rescale import expand
+from latentize.rescale import check_factors, copy_experts, expand, separate_banks
 from latentize.routing import Routing
 from latentize.spec import LatentSpec, MoESpec
 from latentize.statistics import BlockStatistics
 
-#: Ridge of the output fit, relative to the mean square of its features.
-RIDGE = 1e-4
+#: A token counts in proportion to this power of its importance, which is a noisy estimate, within these bounds.
+IMPORTANCE_POWER = 0.75
+IMPORTANCE_RANGE = (0.05, 20.0)
+
+#: Tokens that the sensitivity of neurons is measured on.
+SENSITIVITY_TOKENS = 4096
 
 
 def initialise(
@@ -64,30 +68,70 @@ def _from_weights(spec: MoESpec, rank: int) -> MoESpec:
     """Both projections from the weights: x taken as white, all experts as equally used."""
     loads = torch.ones(spec.num_experts, dtype=torch.float64, device=spec.experts.up.device)
     moment = torch.eye(spec.hidden_size, dtype=torch.float64, device=spec.experts.up.device)
-    down = input_projection(gram(spec.experts, loads), moment, rank)
+    down = input_projection(gram(spec.experts, loads, loads), moment, rank)
     return narrow(spec, down, down.T, leading(output_gram(spec.experts, loads), rank))
 
 
 def _from_activations(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics) -> MoESpec:
-    sample = statistics.sample
-    dtype = spec.experts.up.dtype
-    hidden = sample.hidden.to(dtype)
-    seen = hidden if sample.router_hidden is None else sample.router_hidden.to(dtype)
-    routing = Routing(hidden.new_empty(0), sample.weights.to(dtype), sample.indices)
-    target = experts_forward(routed_only(spec), hidden, routing)
-
-    moment = shrink(statistics.input_moment, statistics.tokens)
-    loads = statistics.counts[: spec.num_experts].double().clamp_min(1e-3)
-    down = input_projection(gram(spec.experts, loads), moment, plan.latent_dim)
+    tokens = _Tokens.of(spec, statistics)
+    importance = metric(statistics.sensitivity, spec.hidden_size)
+    moment = shrink(tokens.input_moment(), len(tokens.hidden))
+    few = tokens.first(SENSITIVITY_TOKENS)
+    loads = neuron_loads(spec, few.hidden, few.routing, importance)
+    down = input_projection(gram(spec.experts, *loads), moment, plan.latent_dim)
     guess = reconstruction(down, moment)
+    target = experts_forward(routed_only(spec), tokens.hidden, tokens.routing)
+
     start = narrow(spec, down, guess, leading(statistics.output_moment, plan.latent_dim))
-    start = expand(start, plan.experts_factor, plan.topk_factor)
-    if plan.experts_factor > 1 and plan.topk_factor == plan.experts_factor:
-        dropped = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) - guess @ down
-        start = condition(start, spec.num_experts, dropped.to(dtype), seen, routing)
-    routing = router_forward(start, seen)
-    full = expand(spec, plan.experts_factor, plan.topk_factor)
-    return fit_output(start, full, hidden, routing, target)
+    dropped = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) - guess @ down
+    start = _multiply(start, plan, dropped.to(tokens.hidden.dtype), tokens)
+    full = copy_experts(spec, plan.experts_factor, plan.topk_factor)
+    routing = router_forward(start, tokens.seen)
+    return fit_output(start, full, tokens.hidden, routing, target, importance, tokens.weights)
+
+
+def _multiply(spec: MoESpec, plan: BlockPlan, dropped: Tensor, tokens: _Tokens) -> MoESpec:
+    """The block with its experts multiplied, and its families told apart by what the down-projection drops."""
+    a, b = plan.experts_factor, plan.topk_factor
+    if a == b:
+        return condition(expand(spec, a, b), spec.num_experts, dropped, tokens.seen, tokens.routing)
+    check_factors(spec, a, b)
+    return separate_banks(copy_experts(spec, a, b), bank_directions(tokens.seen, dropped, a), b)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The sample in the dtype of computation."""
+
+    hidden: Tensor  # [T, d]
+    seen: Tensor  # [T, d] by the router
+    routing: Routing  # original
+    weights: Tensor  # [T, 1] of each token in least squares: roots of importances
+
+    @classmethod
+    def of(cls, spec: MoESpec, statistics: BlockStatistics) -> _Tokens:
+        sample, weight = statistics.sample, spec.experts.up
+        hidden = sample.hidden.to(weight)
+        seen = hidden if sample.router_hidden is None else sample.router_hidden.to(weight)
+        routing = Routing(hidden.new_empty(0), sample.weights.to(weight), sample.indices.to(weight.device))
+        importance = hidden.new_ones(len(hidden)) if sample.importance is None else sample.importance.to(weight)
+        least, most = IMPORTANCE_RANGE
+        weights = importance.clamp(least, most).pow(IMPORTANCE_POWER / 2).unsqueeze(1)
+        return cls(hidden, seen, routing, weights)
+
+    def input_moment(self) -> Tensor:
+        """Mean of (Σ_e w_e²) x xᵀ [d, d] in fp64, tokens weighted."""
+        total = self.hidden.new_zeros(self.hidden.shape[1], self.hidden.shape[1], dtype=torch.float64)
+        scale = self.weights * self.routing.weights.square().sum(-1, keepdim=True).sqrt()
+        for x, s in zip(self.hidden.split(4096), scale.split(4096), strict=True):
+            rows = (x * s).double()
+            total += rows.T @ rows
+        return total / len(self.hidden)
+
+    def first(self, count: int) -> _Tokens:
+        """The first `count` tokens."""
+        routing = Routing(self.routing.logits, self.routing.weights[:count], self.routing.indices[:count])
+        return _Tokens(self.hidden[:count], self.seen[:count], routing, self.weights[:count])
 
 
 def narrow(spec: MoESpec, down: Tensor, guess: Tensor, up: Tensor) -> MoESpec:
@@ -110,20 +154,36 @@ def narrow(spec: MoESpec, down: Tensor, guess: Tensor, up: Tensor) -> MoESpec:
     return replace(spec, experts=experts, latent=LatentSpec(down.to(device, dtype), up.to(device, dtype)))
 
 
-def fit_output(start: MoESpec, full: MoESpec, hidden: Tensor, routing: Routing, target: Tensor) -> MoESpec:
-    """`start` with its output side refitted to `target` [T, d]; `full` has the experts' outputs at width d."""
-    phi = features(start, hidden, routing)
-    wide = coefficients(full.experts.down, full.experts.down_bias)
-    up, narrow_coefficients = factorise(phi, fit(phi, target, wide, RIDGE), start.latent_dim)
+def fit_output(
+    start: MoESpec,
+    full: MoESpec,
+    hidden: Tensor,
+    routing: Routing,
+    target: Tensor,
+    importance: Tensor,
+    weights: Tensor,
+) -> MoESpec:
+    """`start` with its output side refitted, in closed form.
+
+    Args:
+        start: the latent block.
+        full: the same experts with their outputs at width d, which the fit starts from.
+        hidden: [T, d].
+        routing: of `start` on these tokens.
+        target: [T, d] the routed output to reach.
+        importance: [d, d] metric of output errors.
+        weights: [T, 1] of the tokens' residuals.
+    """
+    phi = features(start, hidden, routing).scaled(weights)
+    ridge = damping(phi)
+    wide = fit(phi, target * weights, coefficients(full.experts.down, full.experts.down_bias), ridge)
+    up, narrow_coefficients = factorise(phi, wide, importance, start.latent_dim, ridge)
     m = start.intermediate_size
     down = narrow_coefficients[:, :m].transpose(1, 2).contiguous()
     bias = None if start.experts.down_bias is None else narrow_coefficients[:, m].contiguous()
     assert start.latent is not None
-    return replace(
-        start,
-        experts=replace(start.experts, down=down, down_bias=bias),
-        latent=replace(start.latent, up=up.contiguous()),
-    )
+    experts = replace(start.experts, down=down, down_bias=bias)
+    return replace(start, experts=experts, latent=replace(start.latent, up=up.contiguous()))
 
 
 def routed_only(spec: MoESpec) -> MoESpec:

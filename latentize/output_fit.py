@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentize.projections import leading
+from latentize.projections import leading, square_root
 from latentize.routing import Routing
-from latentize.spec import MoESpec
+from latentize.spec import ExpertsSpec, MoESpec
 
 #: Above this many features ΦᵀΦ is not formed and the fit is iterative.
 DENSE_FEATURES = 16384
+
+#: Ridge of the fit relative to the mean square of a feature.
+RIDGE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Features:
     def width(self) -> int:
         """Features f of one expert."""
         return self.columns[0].shape[1]
+
+    def scaled(self, weights: Tensor) -> Features:
+        """diag(weights) Φ; weights [T, 1]."""
+        columns = [c * weights[t] for t, c in zip(self.tokens, self.columns, strict=True)]
+        return Features(self.tokens, columns, self.count)
 
     def times(self, coefficients: Tensor) -> Tensor:
         """Φ B: [T, c] from B [N, f, c]."""
@@ -62,41 +70,81 @@ class Features:
 
 
 def features(spec: MoESpec, hidden: Tensor, routing: Routing) -> Features:
-    """Φ of a latent block on hidden [T, d] under a routing, in the dtype of `hidden`."""
-    experts = spec.experts
-    assert spec.latent is not None
-    latent = hidden @ spec.latent.down.to(hidden.dtype).T
-    on_input = spec.router.applies_to == "input"
+    """Φ of a block on hidden [T, d] under a routing, in the dtype of `hidden`."""
     tokens, columns = [], []
+    latent = hidden if spec.latent is None else hidden @ spec.latent.down.to(hidden.dtype).T
+    on_input = spec.router.applies_to == "input"
     for expert in range(spec.num_experts):
-        token, slot = (routing.indices == expert).nonzero(as_tuple=True)
-        weight = routing.weights[token, slot, None].to(hidden.dtype)
-        x = latent[token] * weight if on_input else latent[token]
-        up = _linear(x, experts.up, experts.up_bias, expert)
-        gate = None if experts.gate is None else _linear(x, experts.gate, experts.gate_bias, expert)
-        h = experts.activation(gate, up)
-        if experts.down_bias is not None:
+        token, weight = selected(routing, expert)
+        gate, up = preactivations(spec.experts, expert, latent[token] * weight if on_input else latent[token])
+        h = spec.experts.activation(gate, up)
+        if spec.experts.down_bias is not None:
             h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
         tokens.append(token)
         columns.append(h if on_input else h * weight)
     return Features(tokens, columns, len(hidden))
 
 
+def neuron_loads(spec: MoESpec, hidden: Tensor, routing: Routing, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """How much the routed output changes with each pre-activation: gate and up loads [N, m] in fp64.
+
+    For neuron j of expert e the mean over tokens of (w ∂h_j/∂gate_j)² times the squared length of its output column in
+    `metric` [d, d]; likewise for up. They are the diagonal of E[JᵀJ], the output side of a balanced truncation.
+    A thousandth of the mean is added, so that neurons the sample did not reach are not free.
+    """
+    experts = spec.experts
+    on_input = spec.router.applies_to == "input"
+    loads = torch.zeros(2, *experts.up.shape[:2], dtype=torch.float64, device=hidden.device)
+    for expert in range(spec.num_experts):
+        token, weight = selected(routing, expert)
+        with torch.enable_grad():
+            x = hidden[token] * weight if on_input else hidden[token]
+            inputs = [t.detach().requires_grad_() for t in preactivations(experts, expert, x) if t is not None]
+            h = experts.activation(inputs[0] if spec.gated else None, inputs[-1])
+            slopes = torch.autograd.grad(h.sum(), inputs)
+        columns = experts.down[expert].double()
+        lengths = (columns * (metric.to(columns.device) @ columns)).sum(0)
+        for row, slope in zip((0, 1)[-len(slopes) :], slopes, strict=True):
+            scaled = slope if on_input else slope * weight
+            loads[row, expert] = lengths * scaled.double().square().sum(0) / max(1, len(hidden))
+    loads += 1e-3 * loads.mean() + torch.finfo(torch.float64).tiny
+    return loads[0], loads[1]
+
+
+def selected(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
+    """Tokens [n] that selected an expert and their routing weights [n, 1]."""
+    token, slot = (routing.indices == expert).nonzero(as_tuple=True)
+    return token, routing.weights[token, slot].unsqueeze(1)
+
+
+def preactivations(experts: ExpertsSpec, expert: int, x: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Gate (None when ungated) and up pre-activations [n, m] of one expert on x [n, l]."""
+    gate = None if experts.gate is None else _linear(x, experts.gate, experts.gate_bias, expert)
+    return gate, _linear(x, experts.up, experts.up_bias, expert)
+
+
+def damping(phi: Features) -> float:
+    """λ of the ridge: small beside the mean square of Φ's columns, unless features outnumber tokens."""
+    size = len(phi.columns) * phi.width
+    mean = sum(c.double().square().sum().item() for c in phi.columns) / size
+    return RIDGE * (1.0 + 10.0 * (size / phi.count) ** 2) * mean + torch.finfo(torch.float64).tiny
+
+
 def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """B [N, f, d] minimising ‖target − Φ B‖² + λ ‖B − start‖², λ = ridge x the mean square of Φ's columns.
+    """B [N, f, d] minimising ‖target − Φ B‖² + λ ‖B − start‖².
 
     Args:
         phi: the features; those of an expert without tokens are zero, so that its coefficients stay at `start`.
         target: [T, d].
         start: [N, f, d].
+        ridge: λ.
     """
     residual = phi.transposed_times(target - phi.times(start))
     experts, width, d = start.shape
     if experts * width > DENSE_FEATURES:
         return start + _conjugate_gradient(phi, residual, ridge)
     normal = phi.gram()
-    diagonal = normal.diagonal()
-    diagonal += ridge * diagonal.mean() + torch.finfo(torch.float64).tiny
+    normal.diagonal().add_(ridge)
     change = torch.linalg.solve(normal, residual.reshape(-1, d).double())
     fitted: Tensor = start + change.view(experts, width, d).to(start.dtype)
     return fitted
@@ -105,15 +153,14 @@ def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
 def _conjugate_gradient(phi: Features, residual: Tensor, ridge: float, steps: int = 30) -> Tensor:
     """(ΦᵀΦ + λ)⁻¹ residual for many features: conjugate gradients, preconditioned by each expert's own block."""
     blocks = torch.stack([c.T @ c for c in phi.columns]).double()
-    damping = ridge * blocks.diagonal(dim1=1, dim2=2).mean() + torch.finfo(torch.float64).tiny
-    blocks.diagonal(dim1=1, dim2=2).add_(damping)
+    blocks.diagonal(dim1=1, dim2=2).add_(ridge)
     factors = torch.linalg.cholesky(blocks).to(residual.dtype)
     solution = torch.zeros_like(residual)
     step = preconditioned = torch.cholesky_solve(residual, factors)
     power = (residual * preconditioned).sum((0, 1))
     first = power.clone()
     for _ in range(steps):
-        product = phi.transposed_times(phi.times(step)) + damping.to(step.dtype) * step
+        product = phi.transposed_times(phi.times(step)) + ridge * step
         length = power / (step * product).sum((0, 1)).clamp_min(1e-30)
         solution = solution + length * step
         residual = residual - length * product
@@ -132,11 +179,24 @@ def coefficients(down: Tensor, down_bias: Tensor | None) -> Tensor:
     return rows if down_bias is None else torch.cat([rows, down_bias.unsqueeze(1)], dim=1)
 
 
-def factorise(phi: Features, fitted: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U [d, rank] and the coefficients [N, f, rank] at that width, keeping most of the *predictions* Φ B."""
-    predicted = phi.times(fitted).double()
-    up = leading(predicted.T @ predicted, rank).to(fitted.dtype)
-    return up, fitted @ up
+def factorise(phi: Features, fitted: Tensor, metric: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """U [d, rank] with orthonormal columns and the coefficients [N, f, rank] at that width.
+
+    Together they keep most of the *predictions* Φ B, errors being measured by eᵀ M e: with R = M^½, the rank-l
+    truncation of Φ B R keeps W, the leading eigenvectors of R Bᵀ(ΦᵀΦ + λ)B R, hence U = R⁻¹ W and coefficients B R W.
+
+    Args:
+        phi: the features.
+        fitted: B [N, f, d].
+        metric: M [d, d], positive definite.
+        rank: l.
+        ridge: λ of the fit, so that outputs no token shows still have directions.
+    """
+    root = square_root(metric.to(fitted.device, torch.float64))
+    predicted, rows = phi.times(fitted).double(), fitted.flatten(0, 1).double()
+    basis = leading(root @ (predicted.T @ predicted + ridge * (rows.T @ rows)) @ root, rank)
+    up, mix = torch.linalg.qr(torch.linalg.solve(root, basis))
+    return up.to(fitted.dtype), fitted @ (root @ basis @ mix.T).to(fitted.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:

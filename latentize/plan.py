@@ -154,7 +154,7 @@ def _predict(spec: MoESpec, latent: int, statistics: BlockStatistics | None) -> 
         loads = statistics.counts[: spec.num_experts].double() / statistics.tokens
         moment = shrink(statistics.input_moment, statistics.tokens)
         output = statistics.output_moment
-    values = spectrum(gram(experts, loads), moment)
+    values = spectrum(gram(experts, loads, loads), moment)
     outgoing = torch.linalg.eigvalsh(square_root(output)).flip(0)
     lost_in, lost_out = _tail(values, latent), _tail(outgoing, latent)
     return values, math.sqrt(1.0 - (1.0 - lost_in) * (1.0 - lost_out))

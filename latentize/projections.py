@@ -11,6 +11,9 @@ from torch import Tensor
 
 from latentize.spec import ExpertsSpec
 
+#: Least weight of an output direction relative to the mean one.
+METRIC_FLOOR = 1e-2
+
 
 def shrink(moment: Tensor, tokens: int) -> Tensor:
     """`moment` [d, d] pulled towards a multiple of the identity, the more the fewer tokens it was measured on.
@@ -30,15 +33,15 @@ def shrink(moment: Tensor, tokens: int) -> Tensor:
     return shrunk
 
 
-def gram(experts: ExpertsSpec, loads: Tensor) -> Tensor:
-    """Σ_e loads_e (gate_eᵀ gate_e + up_eᵀ up_e), [d, d] in fp64; loads [N]."""
+def gram(experts: ExpertsSpec, gate_loads: Tensor, up_loads: Tensor) -> Tensor:
+    """Σ_e gate_eᵀ diag(gate_loads_e) gate_e + up_eᵀ diag(up_loads_e) up_e, [d, d] in fp64; loads [N] or [N, m]."""
     d = experts.up.shape[-1]
     total = torch.zeros(d, d, dtype=torch.float64, device=experts.up.device)
     for expert in range(experts.up.shape[0]):
-        for weights in (experts.gate, experts.up):
+        for weights, loads in ((experts.gate, gate_loads), (experts.up, up_loads)):
             if weights is not None:
                 rows = weights[expert].double()
-                total += loads[expert].double() * (rows.T @ rows)
+                total += rows.T @ (rows * loads[expert].double().reshape(-1, 1))
     return total
 
 
@@ -88,3 +91,15 @@ def reconstruction(projection: Tensor, moment: Tensor) -> Tensor:
     cross = moment @ projection.T
     guess: Tensor = torch.linalg.solve(projection @ cross, cross.T).T
     return guess
+
+
+def metric(sensitivity: Tensor | None, d: int) -> Tensor:
+    """Symmetric positive definite [d, d] that output errors are measured in, of mean eigenvalue about one.
+
+    The floor keeps an up-projection well conditioned and off directions that only the calibration data ignores.
+    """
+    identity = torch.eye(d, dtype=torch.float64)
+    if sensitivity is None:
+        return identity
+    scaled: Tensor = sensitivity * (d / sensitivity.trace())
+    return scaled + METRIC_FLOOR * identity.to(scaled.device)

@@ -6,9 +6,10 @@ sample is drawn uniformly (a seeded reservoir), so that memory does not grow wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from latentize.errors import LatentizeError, ResourceError
 from latentize.moe import LatentMoE
 from latentize.routing import Routing
+from latentize.sensitivity import Sensitivity
 
 #: Called after every batch with (batches done, batches in all or None when the calibration has no length).
 Progress = Callable[[int, int | None], None]
@@ -30,6 +32,7 @@ class Sample:
     router_hidden: Tensor | None  # [S, d]; None where the router reads `hidden`
     weights: Tensor  # [S, k]
     indices: Tensor  # [S, k] int64
+    importance: Tensor | None = None  # [S] fp32, squared gradient of the model's loss at the output, of mean about 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class BlockStatistics:
     weight_mass: Tensor  # [N + identities] fp64, sum of each expert's routing weights
     sample: Sample
     warnings: tuple[str, ...] = ()
+    sensitivity: Tensor | None = None  # [d, d] see `latentize.sensitivity`; None where gradients were not to be had
 
     @property
     def unreached(self) -> list[int]:
@@ -61,6 +65,7 @@ def collect(
     calibration: Iterable[Any],
     *,
     max_tokens: int = 32768,
+    gradient_tokens: int = 32768,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, BlockStatistics]:
@@ -71,6 +76,7 @@ def collect(
         blocks: the LatentMoE modules to watch, by name.
         calibration: tuples (positional arguments) or dicts (keyword arguments); may be a one-shot iterator.
         max_tokens: tokens kept in each block's sample.
+        gradient_tokens: tokens after which no more gradients are taken; 0 takes none.
         seed: of the sample.
         progress: called after every batch.
 
@@ -80,20 +86,32 @@ def collect(
         ResourceError: out of memory.
     """
     watches = {name: _Watch(name, block, max_tokens, seed + i) for i, (name, block) in enumerate(blocks.items())}
+    sensitivity = Sensitivity(model, blocks, gradient_tokens, seed)
     total = len(calibration) if isinstance(calibration, Sized) else None
     done = 0
-    with _evaluating(model), torch.no_grad(), _watching(watches.values()):
+    with _evaluating(model):
         for done, item in enumerate(_items(calibration), start=1):
             for watch in watches.values():
                 watch.batch = done - 1
-            _run(model, item, done - 1)
+            lengths = {} if sensitivity.done else sensitivity.add(*_arguments(item))
+            for name, watch in watches.items():
+                watch.importance = lengths.get(name, [])
+            with torch.no_grad(), _watching(watches.values()):
+                _run(model, item, done - 1)
             for watch in watches.values():
                 watch.reraise()
             if progress is not None:
                 progress(done, total)
     if not done:
         raise LatentizeError("calibration is empty: give at least one batch, a tuple of arguments or a dict")
-    return {name: watch.result(done) for name, watch in watches.items()}
+    results = {name: watch.result(done) for name, watch in watches.items()}
+    return {name: _with_sensitivity(name, result, sensitivity) for name, result in results.items()}
+
+
+def _with_sensitivity(name: str, result: BlockStatistics, sensitivity: Sensitivity) -> BlockStatistics:
+    failure = sensitivity.failure
+    warning = (f"{name}: no gradients ({failure}): all output directions count alike",) if failure else ()
+    return replace(result, sensitivity=sensitivity.result(name), warnings=(*result.warnings, *warning))
 
 
 def _items(calibration: Iterable[Any]) -> Iterable[Any]:
@@ -117,11 +135,9 @@ def _items(calibration: Iterable[Any]) -> Iterable[Any]:
 
 
 def _run(model: nn.Module, item: Any, index: int) -> None:
+    args, kwargs = _arguments(item)
     try:
-        if isinstance(item, Mapping):
-            model(**item)
-        else:
-            model(*item)
+        model(*args, **kwargs)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"calibration batch {index}: out of memory; use smaller batches") from error
     except Exception as error:
@@ -132,6 +148,10 @@ def _run(model: nn.Module, item: Any, index: int) -> None:
             f"calibration batch {index} ({shapes}): the model rejected it: {_words(error)}; "
             "give what the model's forward accepts"
         ) from error
+
+
+def _arguments(item: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    return ((), item) if isinstance(item, Mapping) else (tuple(item), {})
 
 
 def _shapes(item: Any) -> list[str]:
@@ -177,6 +197,7 @@ class _Watch:
         self.bad_batches: list[int] = []
         self.router_hidden: Tensor | None = None
         self.failure: Exception | None = None
+        self.importance: list[Tensor] = []  # of the calls to come
         rows, d = block.router.spec.weight.shape
         self.real = block.spec.num_experts
         device = block.router.spec.weight.device
@@ -205,6 +226,7 @@ class _Watch:
             raise self.failure
 
     def _accumulate(self, hidden: Tensor, indices: Tensor, weights: Tensor, output: Tensor) -> None:
+        importance = self.importance.pop(0) if self.importance else hidden.new_full((len(hidden),), math.nan)
         if not (hidden.isfinite().all() and weights.isfinite().all() and output.isfinite().all()):
             if self.batch not in self.bad_batches:
                 self.bad_batches.append(self.batch)
@@ -218,7 +240,7 @@ class _Watch:
         self.weight_mass.index_add_(0, indices.flatten(), weights.double().flatten())
         self.tokens += len(hidden)
         seen = self.router_hidden
-        columns = {"hidden": hidden, "weights": weights, "indices": indices}
+        columns = {"hidden": hidden, "weights": weights, "indices": indices, "importance": importance.float()}
         if seen is not None and (seen.shape != hidden.shape or seen.data_ptr() != hidden.data_ptr()):
             columns["seen"] = seen
         self.reservoir.add(columns)
@@ -249,6 +271,7 @@ class _Watch:
             router_hidden=kept.get("seen"),
             weights=kept.get("weights", self.input_moment.new_zeros(0, k)),
             indices=kept.get("indices", self.counts.new_zeros(0, k)),
+            importance=_relative(kept.get("importance")),
         )
         return BlockStatistics(
             tokens=self.tokens,
@@ -275,6 +298,14 @@ class _Watch:
         if self.tokens and unreached:
             shown = ", ".join(map(str, unreached[:8])) + (", …" if len(unreached) > 8 else "")
             yield f"{self.name}: no calibration token reached {len(unreached)} of {self.real} experts ({shown})"
+
+
+def _relative(importance: Tensor | None) -> Tensor | None:
+    """Importances [S] with mean 1, tokens without a gradient counting as average; None when no token has one."""
+    if importance is None:
+        return None
+    mean = importance.nanmean()
+    return (importance / mean).nan_to_num(nan=1.0) if mean > 0 else None
 
 
 class _Reservoir:
