@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from latentize.bench import TOKENS, Latency, bench_models, bench_onnx
 from latentize.compare import Gate, evaluate_pair, output_agreement, require
 from latentize.conversion import batches_of
 from latentize.errors import LatentizeError
-from latentize.inputs import Batch, Inputs, runnable_at
+from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.progress import Steps
 from latentize.run_onnx import ORIGINAL, REWRITTEN, agreement
 from latentize.sources import Source, open_model
 
 #: Batches that outputs are compared on.
 _BATCHES = 8
+#: About the time that the calls of one model at one number of tokens may take.
+_SECONDS = 5.0
 
 
 def compare(out: Path, original: str | None, *, quiet: bool) -> None:
@@ -112,16 +115,29 @@ def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module]:
 
 
 def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder: Path) -> tuple[Latency, ...]:
-    """Latency of both models in PyTorch and, where both graphs are in `folder`, in onnxruntime."""
+    """Latency of both models in PyTorch and, where both graphs are in `folder`, in onnxruntime.
+
+    Slow models are timed over fewer rounds, so that a table takes about a minute at most.
+    """
 
     def make_inputs(tokens: int) -> Inputs | str:
         inputs, reason = runnable_at(original, source.args, source.kwargs, tokens)
         return reason if inputs is None else inputs
 
-    rows = bench_models(original, rewritten, make_inputs, TOKENS)
+    rounds = _rounds(original, source)
+    rows = bench_models(original, rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
     paths = {"original": folder / ORIGINAL, "rewritten": folder / REWRITTEN}
     present = {name: path for name, path in paths.items() if path.exists()}
-    return rows + bench_onnx(present, make_inputs, TOKENS) if "rewritten" in present else rows
+    if "rewritten" not in present:
+        return rows
+    return rows + bench_onnx(present, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+
+
+def _rounds(model: nn.Module, source: Source) -> int:
+    began = time.monotonic()
+    with observing(model):
+        Inputs(source.args, source.kwargs).call(model)
+    return max(3, min(30, int(_SECONDS / max(1e-6, time.monotonic() - began))))
 
 
 def _batches(source: Source) -> list[Batch]:

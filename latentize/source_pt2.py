@@ -118,7 +118,7 @@ def _check_graph(path: Path, document: Any) -> None:
 def _is_arithmetic(expression: str) -> bool:
     """Whether a symbolic size, which torch evaluates, has no strings, attributes or built-in functions in it."""
     plain = re.sub(r"Symbol\('\w+'", "Symbol(0", expression)
-    plain = re.sub(r"\d\.\d*", "0", plain)
+    plain = re.sub(r"(?<![\w.])\d+\.\d*", "0", plain)
     names = set(re.findall(r"[A-Za-z_]\w*", plain))
     return _EXPRESSION.fullmatch(plain) is not None and "__" not in plain and not names & _BUILTINS
 

@@ -1,0 +1,200 @@
+"""The command line: arguments, exit codes, one clear line for every mistake, and nothing heavy before it is needed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from latentize import cli
+from latentize.errors import GateError, LatentizeError, NothingToRewriteError, ResourceError
+
+PLAIN = """
+import torch
+def build_model(): return torch.nn.Linear(4, 4)
+def example_inputs(): return (torch.randn(2, 4),)
+"""
+
+
+def call(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command run in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return stopped.value.code or 0, output.out, output.err
+
+
+@pytest.fixture
+def plain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.py").write_text(PLAIN)
+    return tmp_path / "plain.py"
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """Replaces the job by one that records its options, or raises what it is told to."""
+    from latentize import run
+
+    class Stub:
+        options = None
+        error = None
+
+    def convert(options):
+        Stub.options = options
+        if Stub.error is not None:
+            raise Stub.error
+
+    monkeypatch.setattr(run, "convert", convert)
+    return Stub
+
+
+def test_help_names_every_option_and_command(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    for word in ("MODEL", "--output", "--compression", "--latent-dim", "--variant", "--heal", "--export", "--recipe",
+                 "--dry-run", "--resume", "--max-loss", "inspect", "compare", "bench", "build"):  # fmt: skip
+        assert word in out
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys\nfrom latentize.cli import main\n"
+        "try:\n    main([sys.argv[1]])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "heavy = {'torch', 'pydantic', 'rich', 'numpy', 'yaml'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_default_command_converts_wherever_the_model_stands(capsys, stub):
+    assert call(capsys, "-o", "out", "model.py:tiny", "--compression", "4", "--variant", "fixed", "--heal", "0")[0] == 0
+    assert stub.options.model == "model.py:tiny"
+    assert stub.options.out == Path("out")
+    recipe = stub.options.recipe
+    assert (recipe.compression, recipe.variant, recipe.heal_steps) == (4.0, "fixed", 0)
+    assert stub.options.exports == ()
+
+
+def test_options_win_over_the_recipe_file(capsys, stub, tmp_path):
+    (tmp_path / "r.yaml").write_text("compression: 4\nvariant: eff\nseed: 3\nlatent_dim: 8\n")
+    call(
+        capsys,
+        "model.py",
+        "--recipe",
+        tmp_path / "r.yaml",
+        "--compression",
+        "8",
+        "--export",
+        "onnx,onnx",
+        "--max-loss",
+        "0.01",
+    )
+    recipe = stub.options.recipe
+    assert (recipe.compression, recipe.latent_dim, recipe.variant, recipe.seed) == (8.0, None, "eff", 3)
+    assert stub.options.exports == ("onnx",)
+    assert stub.options.max_loss == 0.01
+
+
+@pytest.mark.parametrize(
+    ("model", "out"),
+    [
+        ("net.py", "net-latent"),
+        ("a/net.py:small", "net-small-latent"),
+        ("net.pt2", "net-latent"),
+        ("weights", "weights-latent"),
+    ],
+)
+def test_the_default_output_is_named_after_the_model(model, out):
+    assert cli.default_out(model) == Path(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["absent.py"], "absent.py: no such file"),
+        (["plain.py", "--compression", "0"], "compression = 0.0 is not accepted"),
+        (["plain.py", "--compression", "nan"], "compression"),
+        (["plain.py", "--latent-dim", "0"], "latent_dim = 0 is not accepted"),
+        (["plain.py", "--compression", "2", "--latent-dim", "8"], "give one of them"),
+        (["plain.py", "--variant", "best"], "'best' is not one of"),
+        (["plain.py", "--heal", "-1"], "-1 is not in the range"),
+        (["plain.py", "--export", "onnx,coreml"], "--export coreml"),
+        (["plain.py", "--recipe", "typo.yaml"], "did you mean 'compression'"),
+        (["plain.py", "--recipe", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["plain.py", "--no-such-flag"], "No such option"),
+        (["plain.py", "--max-loss", "x"], "'x' is not a valid float"),
+        (["plain.py", "--max-loss", "0.1"], "--max-loss needs an evaluate"),
+        (["plain.py", "-o", "plain.py"], "is a file"),
+        (["plain.py", "--export", "tensorrt"], "tensorrt"),
+        (["plain.py", "--log-file", "absent/log"], "cannot be written"),
+        (["inspect"], "Missing argument 'MODEL'"),
+        (["compare", "absent"], "not a folder that latentize wrote"),
+        (["bench", "."], "not a folder that latentize wrote"),
+        (["build", "absent"], "not a folder that latentize wrote"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, plain, arguments, words):
+    (plain.parent / "typo.yaml").write_text("compresion: 2\n")
+    code, _, err = call(capsys, *arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2, err
+    assert last.startswith("latentize: ")
+    assert words in last
+    assert "Traceback" not in err
+
+
+def test_no_moe_is_exit_code_3_for_convert_and_inspect(capsys, plain):
+    for arguments in (
+        ["plain.py"],
+        ["inspect", "plain.py"],
+        ["inspect", "plain.py", "--json"],
+        ["plain.py", "--dry-run"],
+    ):
+        code, out, err = call(capsys, *arguments)
+        assert code == 3
+        assert "no MoE block found" in err.splitlines()[-1]
+        if "--json" in arguments:
+            assert out.strip() == "[]"
+    assert [file.name for file in plain.parent.iterdir() if file.suffix != ".py"] == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (LatentizeError("a\nb"), 2, "latentize: a b"),
+        (NothingToRewriteError("none"), 3, "none"),
+        (GateError("worse"), 4, "worse"),
+        (ResourceError("full"), 5, "full"),
+        (MemoryError(), 5, "out of memory"),
+        (OSError(28, "No space left on device"), 5, "the disk is full"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes"), 5, "out of memory"),
+        (KeyboardInterrupt(), 130, "continue with: latentize model.py --heal 3 --resume"),
+    ],
+)
+def test_every_kind_of_end_has_its_exit_code(capsys, stub, error, code, words):
+    stub.error = error
+    found, _, err = call(capsys, "model.py", "--heal", "3")
+    assert found == code
+    assert words in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_a_bug_shows_its_traceback(stub):
+    stub.error = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["model.py"])
+
+
+def test_interrupting_a_command_that_cannot_resume_just_says_so():
+    assert cli._interrupted(["inspect", "m.py"]) == "interrupted"
+    assert cli._interrupted(["m.py", "--dry-run"]) == "interrupted"
+    assert cli._interrupted(["m 1.py", "--resume"]) == "interrupted; continue with: latentize 'm 1.py' --resume"
+
+
+def test_quiet_says_nothing_and_a_log_file_has_everything(capsys, plain):
+    code, out, err = call(capsys, "inspect", "plain.py", "--log-file", "run.log", "-q")
+    assert (code, out) == (3, "")
+    assert len(err.strip().splitlines()) == 1
+    assert "load" in Path("run.log").read_text()

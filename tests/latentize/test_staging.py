@@ -1,0 +1,99 @@
+"""A folder appears complete or not at all, and nothing of the user's is overwritten."""
+
+import errno
+import json
+
+import pytest
+
+from latentize.errors import LatentizeError, ResourceError
+from latentize.staging import MANIFEST, check_space, check_target, staged
+
+
+def fill(folder, text="new"):
+    (folder / "weights").write_text(text)
+    (folder / MANIFEST).write_text(json.dumps({"format": "latentize", "files": ["weights", MANIFEST]}))
+
+
+def write_and_fail(out, error):
+    with staged(out) as folder:
+        fill(folder)
+        raise error
+
+
+def test_a_folder_appears_when_everything_is_written(tmp_path):
+    out = tmp_path / "a" / "out"
+    with staged(out) as folder:
+        fill(folder)
+        assert not out.exists()
+    assert (out / "weights").read_text() == "new"
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
+
+
+def test_an_earlier_result_of_ours_is_replaced_as_a_whole(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "old")
+        (folder / "model.onnx").write_text("old graph")
+    with staged(out) as folder:
+        fill(folder)
+    assert (out / "weights").read_text() == "new"
+    assert not (out / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
+def test_nothing_is_left_after_a_failure(tmp_path, error):
+    out = tmp_path / "out"
+    with pytest.raises(type(error)):
+        write_and_fail(out, error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_earlier_result_stays_when_the_new_one_fails(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "old")
+    with pytest.raises(RuntimeError):
+        write_and_fail(out, RuntimeError())
+    assert (out / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (28)")]
+)
+def test_a_full_disk_is_a_resource_error_and_leaves_nothing(tmp_path, error):
+    with pytest.raises(ResourceError, match="the disk is full") as caught:
+        write_and_fail(tmp_path / "out", error)
+    assert caught.value.exit_code == 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_kept(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(LatentizeError, match="not written by latentize"), staged(tmp_path) as folder:
+        fill(folder)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_foreign_file_in_a_folder_of_ours_is_refused_and_kept(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(LatentizeError, match=r"notes\.txt"):
+        check_target(out)
+
+
+def test_a_file_in_the_way_and_an_empty_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LatentizeError, match="is a file"):
+        check_target(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    with staged(tmp_path / "empty") as folder:
+        fill(folder)
+    assert (tmp_path / "empty" / "weights").exists()
+
+
+def test_too_little_space_is_said_before_the_work(tmp_path):
+    check_space(tmp_path / "out", 1)
+    with pytest.raises(ResourceError, match="are free"):
+        check_space(tmp_path / "out", 2**62)
