@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.onnx_bodies import check_form
 from latentize.exporters.onnx_nodes import MAX_OPSET, MIN_OPSET
 from latentize.inputs import Inputs, observing, with_tokens
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 DEFAULT_OPSET = 20
 #: Weights beyond this many bytes go to a second file next to the model: one ONNX file holds less than 2 GiB.
@@ -79,6 +82,7 @@ def export_onnx(
     from latentize.exporters.onnx_experts import attach_bodies
     from latentize.exporters.onnx_file import write_model
 
+    _fix_sizes(program.model)
     forms = attach_bodies(program.model, form, opset)
     program.model.metadata_props.update({"latentize.version": __version__, "latentize.forms": json.dumps(forms)})
     program.model.metadata_props.update(metadata or {})
@@ -184,6 +188,17 @@ def _translate(captured: torch.export.ExportedProgram, opset: int) -> torch.onnx
         raise LatentizeError(_explain(error, captured)) from error
     assert program is not None
     return program
+
+
+def _fix_sizes(model: ir.Model) -> None:
+    """Sizes that the capture found to be constants, as numbers: the exporter leaves them symbols named "16"."""
+    import onnx_ir as ir
+
+    values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            sizes = (size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape)
+            value.shape = ir.Shape([int(s) if isinstance(s, str) and s.isdecimal() else s for s in sizes])
 
 
 def _explain(error: BaseException, captured: torch.export.ExportedProgram) -> str:

@@ -1,0 +1,138 @@
+"""TensorRT engines from a converted model's ONNX file, built with tensorrt-rtx on a machine with or without a GPU.
+
+The library is driven in a process of its own (`tensorrt_worker`): it aborts on what it cannot load, and it looks for
+its parser's library under a name that its package does not have.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from latentize.errors import LatentizeError, MissingExtraError, ResourceError
+
+#: What an engine can be built for: any GPU of compute capability 8.0 or later, or one generation.
+TARGETS = ("portable", "SM80", "SM86", "SM89", "SM120")
+#: The body form that TensorRT takes: it rejects loops over active experts and onnxruntime's fused operator.
+FORM = "dense"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine file. `profile` has the smallest, usual and largest shape of every input; `layers` counts them."""
+
+    path: Path
+    target: str
+    profile: dict[str, list[list[int]]]
+    layers: int
+    bytes: int
+    seconds: float
+
+
+def build(
+    out: Path, *, targets: Sequence[str] = ("portable",), max_batch: int = 4, max_tokens: int = 256
+) -> tuple[Engine, ...]:
+    """Build an engine for each target from `out`/model.onnx, as `out`/model.TARGET.engine; no GPU is needed.
+
+    The routed experts run as three dense matrix products over all experts, in the dtype of the ONNX file. Inputs take
+    any batch up to `max_batch` and any number of tokens up to `max_tokens`. Running an engine needs an NVIDIA GPU of
+    compute capability 8.0, 8.6, 8.9 or 12.0.
+
+    Raises:
+        LatentizeError: there is no model.onnx, a target is unknown, or TensorRT rejects the model (the node is named).
+        MissingExtraError: tensorrt-rtx, onnx or onnxscript is not installed.
+        ResourceError: the build ran out of memory or disk.
+    """
+    source = out / "model.onnx"
+    unknown = [target for target in targets if target not in TARGETS]
+    if unknown:
+        raise LatentizeError(f"TensorRT target {unknown[0]!r} is not known: expected one of {', '.join(TARGETS)}")
+    if max_batch < 1 or max_tokens < 1:
+        raise LatentizeError(f"TensorRT: max_batch {max_batch} and max_tokens {max_tokens} must be at least 1")
+    for package, name in (("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx"), ("onnx_ir", "onnxscript")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(name, "tensorrt", "building TensorRT engines (no GPU is needed for that)")
+    if not source.is_file():
+        raise LatentizeError(f"{out} holds no model.onnx: convert with --export onnx first")
+    with tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
+        work = Path(folder)
+        parsable = _parsable(source, work / "model.onnx")
+        return tuple(_build(parsable, out / f"model.{t}.engine", t, max_batch, max_tokens, work) for t in targets)
+
+
+def _parsable(source: Path, path: Path) -> Path:
+    """The model in nothing but standard operators: bodies in TensorRT's form, inlined."""
+    import onnx
+    import onnx.inliner
+    import onnx_ir as ir
+
+    from latentize.exporters.onnx import one_line
+    from latentize.exporters.onnx_experts import attach_bodies
+
+    try:
+        model = ir.load(source)
+    except Exception as error:
+        raise LatentizeError(f"{source}: not a readable ONNX file ({one_line(error)}); export it again") from error
+    model.functions.clear()
+    attach_bodies(model, FORM, model.opset_imports[""])
+    weights = path.name + ".data"
+    ir.save(model, path, external_data=weights)
+    inlined = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
+    onnx.save(inlined, path)
+    return path
+
+
+def _build(source: Path, path: Path, target: str, max_batch: int, max_tokens: int, work: Path) -> Engine:
+    unfinished = work / path.name
+    request = {
+        "source": str(source),
+        "engine": str(unfinished),
+        "target": target,
+        "max_batch": max_batch,
+        "max_tokens": max_tokens,
+    }
+    start = time.perf_counter()
+    answer = _ask_worker(request, work)
+    if "error" in answer:
+        raise LatentizeError(f"{path}: TensorRT cannot build it for {target}: {answer['error']}")
+    unfinished.replace(path)
+    return Engine(path, target, answer["profile"], answer["layers"], path.stat().st_size, time.perf_counter() - start)
+
+
+def _ask_worker(request: dict[str, Any], work: Path) -> dict[str, Any]:
+    paths = [str(_library_folder(work)), os.environ.get("LD_LIBRARY_PATH", "")]
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run(  # noqa: S603 - our own module, no shell
+        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        answer: dict[str, Any] = json.loads(lines[-1])
+        return answer
+    last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "no message")
+    if done.returncode == -9 or "out of memory" in last.lower() or "No space left" in last:
+        raise ResourceError(f"TensorRT ran out of memory or disk: {last}")
+    raise LatentizeError(f"TensorRT stopped with status {done.returncode}: {last}")
+
+
+def _library_folder(work: Path) -> Path:
+    """A folder in which the library has the name that its ONNX parser opens."""
+    folder = work / "lib"
+    folder.mkdir(exist_ok=True)
+    found = importlib.util.find_spec("tensorrt_rtx_libs")
+    for place in (found.submodule_search_locations or []) if found is not None else []:
+        for library in Path(place).glob("lib*.so.*"):
+            link = folder / (library.name.partition(".so")[0] + ".so")
+            if not link.exists():
+                link.symlink_to(library)
+    return folder

@@ -1,0 +1,103 @@
+"""Engines are really built, without a GPU, from the ONNX files we write; what cannot be built is one line."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from latentize.errors import LatentizeError, MissingExtraError
+from latentize.exporters.tensorrt import build
+from latentize.exporters.tensorrt_worker import shape_range
+from latentize.moe import LatentMoE
+from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
+
+D, L, M, N, K = 16, 8, 16, 6, 2
+
+
+def make_block() -> LatentMoE:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    experts = ExpertsSpec(draw(N, M, L), draw(N, L, M), draw(N, M, L))
+    return LatentMoE(MoESpec(RouterSpec(draw(N, D), K, normalize="sum"), experts, LatentSpec(draw(L, D), draw(D, L))))
+
+
+def write_onnx(model: nn.Module, folder: Path, *args: torch.Tensor) -> None:
+    pytest.importorskip("onnxscript")
+    from latentize.exporters.onnx import export_onnx
+
+    export_onnx(model, args, {}, folder / "model.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["portable", "SM80"])
+def test_engine_is_built_on_a_machine_without_a_gpu(target: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    write_onnx(make_block(), tmp_path, torch.zeros(2, 5, D))
+    (engine,) = build(tmp_path, targets=(target,), max_batch=2, max_tokens=32)
+    assert engine.path == tmp_path / f"model.{target}.engine"
+    assert engine.bytes == engine.path.stat().st_size > 4 * N * M * L * 3  # the experts' weights are in it
+    assert list(engine.profile.values()) == [[[1, 1, D], [1, 16, D], [2, 32, D]]]
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", engine.path.name}
+
+
+class Unknown(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unique()
+
+
+@pytest.mark.slow
+def test_operator_that_tensorrt_rejects_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    write_onnx(Unknown(), tmp_path, torch.zeros(2, 5))
+    with pytest.raises(LatentizeError, match=r"cannot build it for portable: node .*[Uu]nique"):
+        build(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx"}
+
+
+def test_missing_model_and_unknown_target_are_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(LatentizeError, match=r"holds no model\.onnx: convert with --export onnx first"):
+        build(tmp_path)
+    with pytest.raises(LatentizeError, match="target 'SM75' is not known: expected one of portable, SM80"):
+        build(tmp_path, targets=("SM75",))
+    with pytest.raises(LatentizeError, match="max_tokens 0 must be at least 1"):
+        build(tmp_path, max_tokens=0)
+
+
+def test_broken_file_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(LatentizeError, match="not a readable ONNX file"):
+        build(tmp_path)
+
+
+def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+
+    def without(name: str, *rest: Any) -> Any:
+        return None if name == "tensorrt_rtx" else found(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(MissingExtraError, match=r"'tensorrt-rtx', which is not installed: pip install 'latentize\[t"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "floating", "expected"),
+    [
+        ((-1, -1), False, [[1, 1], [1, 16], [4, 64]]),  # ids
+        ((-1, -1, 8), True, [[1, 1, 8], [1, 16, 8], [4, 64, 8]]),  # hidden states
+        ((-1, 8), True, [[1, 8], [16, 8], [64, 8]]),  # hidden states without a batch
+        ((3, 5), True, [[3, 5], [3, 5], [3, 5]]),
+    ],
+)
+def test_profile_covers_one_token_to_the_largest(shape: tuple[int, ...], floating: bool, expected: list[Any]) -> None:
+    assert shape_range(shape, floating, 4, 64) == expected
