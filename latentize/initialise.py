@@ -9,9 +9,18 @@ from torch import Tensor
 
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
-from latentize.output_fit import coefficients, damping, factorise, features, fit, neuron_loads
+from latentize.output_fit import coefficients, damping, factorise, features, fit
 from latentize.plan import BlockPlan
-from latentize.projections import gram, input_projection, leading, metric, output_gram, reconstruction, shrink
+from latentize.projections import (
+    gram,
+    input_projection,
+    leading,
+    metric,
+    output_gram,
+    reconstruction,
+    shrink,
+    square_root,
+)
 from latentize.reference import experts_forward, router_forward
 from latentize.rescale import check_factors, copy_experts, expand, separate_banks
 from latentize.routing import Routing
@@ -22,8 +31,9 @@ from latentize.statistics import BlockStatistics
 IMPORTANCE_POWER = 0.75
 IMPORTANCE_RANGE = (0.05, 20.0)
 
-#: Tokens that the sensitivity of neurons is measured on.
+#: Tokens that the sensitivity to the input is measured on, and random directions for each of them.
 SENSITIVITY_TOKENS = 4096
+DRAWS = 4
 
 
 def initialise(
@@ -31,7 +41,7 @@ def initialise(
     plan: BlockPlan,
     statistics: BlockStatistics | None = None,
     *,
-    seed: int = 0,  # noqa: ARG001  nothing is drawn at random yet
+    seed: int = 0,
 ) -> MoESpec:
     """The latent block to start from.
 
@@ -39,7 +49,7 @@ def initialise(
         spec: the original block, width d.
         plan: the sizes to reach. At latent_dim = d the projections are the identity and the function is unchanged.
         statistics: of the block over calibration data; None (or no tokens) initialises from the weights alone.
-        seed: kept for reproducibility of anything drawn at random.
+        seed: of the random directions in which the block's sensitivity is measured.
 
     Returns:
         A latent spec in the dtype of `spec`, on its device, sharing no floating-point storage with it.
@@ -54,7 +64,7 @@ def initialise(
     if statistics is None or not statistics.tokens:
         start = expand(_from_weights(spec, plan.latent_dim), plan.experts_factor, plan.topk_factor)
     else:
-        start = _from_activations(spec.to(compute), plan, statistics)
+        start = _from_activations(spec.to(compute), plan, statistics, seed)
     return _in_dtypes_of(start, spec)
 
 
@@ -72,13 +82,13 @@ def _from_weights(spec: MoESpec, rank: int) -> MoESpec:
     return narrow(spec, down, down.T, leading(output_gram(spec.experts, loads), rank))
 
 
-def _from_activations(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics) -> MoESpec:
+def _from_activations(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics, seed: int) -> MoESpec:
     tokens = _Tokens.of(spec, statistics)
     importance = metric(statistics.sensitivity, spec.hidden_size)
     moment = shrink(tokens.input_moment(), len(tokens.hidden))
     few = tokens.first(SENSITIVITY_TOKENS)
-    loads = neuron_loads(spec, few.hidden, few.routing, importance)
-    down = input_projection(gram(spec.experts, *loads), moment, plan.latent_dim)
+    needed = input_sensitivity(spec, few.hidden, few.routing, importance, seed)
+    down = input_projection(shrink(needed, DRAWS * len(few.hidden)), moment, plan.latent_dim)
     guess = reconstruction(down, moment)
     target = experts_forward(routed_only(spec), tokens.hidden, tokens.routing)
 
@@ -132,6 +142,31 @@ class _Tokens:
         """The first `count` tokens."""
         routing = Routing(self.routing.logits, self.routing.weights[:count], self.routing.indices[:count])
         return _Tokens(self.hidden[:count], self.seen[:count], routing, self.weights[:count])
+
+
+def input_sensitivity(spec: MoESpec, hidden: Tensor, routing: Routing, importance: Tensor, seed: int) -> Tensor:
+    """Mean of Jᵀ M J [d, d] in fp64, J the Jacobian of the routed output at each token and M the metric `importance`.
+
+    The output side of a balanced truncation, from `DRAWS` random products vᵀ J with E[v vᵀ] = M. Routing is held fixed.
+
+    Args:
+        spec: the original block.
+        hidden: [T, d].
+        routing: original, of these tokens.
+        importance: [d, d].
+        seed: of the random products.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    root = square_root(importance.to(hidden.device)).to(hidden.dtype)
+    total = torch.zeros_like(root, dtype=torch.float64)
+    with torch.enable_grad():
+        x = hidden.detach().requires_grad_()
+        output = experts_forward(routed_only(spec.map_tensors(torch.detach)), x, routing)
+    for _ in range(DRAWS):
+        direction = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(hidden) @ root
+        product = torch.autograd.grad(output, x, direction, retain_graph=True)[0].double()
+        total += product.T @ product
+    return total / (DRAWS * len(hidden))
 
 
 def narrow(spec: MoESpec, down: Tensor, guess: Tensor, up: Tensor) -> MoESpec:

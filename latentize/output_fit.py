@@ -85,32 +85,6 @@ def features(spec: MoESpec, hidden: Tensor, routing: Routing) -> Features:
     return Features(tokens, columns, len(hidden))
 
 
-def neuron_loads(spec: MoESpec, hidden: Tensor, routing: Routing, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """How much the routed output changes with each pre-activation: gate and up loads [N, m] in fp64.
-
-    For neuron j of expert e the mean over tokens of (w ∂h_j/∂gate_j)² times the squared length of its output column in
-    `metric` [d, d]; likewise for up. They are the diagonal of E[JᵀJ], the output side of a balanced truncation.
-    A thousandth of the mean is added, so that neurons the sample did not reach are not free.
-    """
-    experts = spec.experts
-    on_input = spec.router.applies_to == "input"
-    loads = torch.zeros(2, *experts.up.shape[:2], dtype=torch.float64, device=hidden.device)
-    for expert in range(spec.num_experts):
-        token, weight = selected(routing, expert)
-        with torch.enable_grad():
-            x = hidden[token] * weight if on_input else hidden[token]
-            inputs = [t.detach().requires_grad_() for t in preactivations(experts, expert, x) if t is not None]
-            h = experts.activation(inputs[0] if spec.gated else None, inputs[-1])
-            slopes = torch.autograd.grad(h.sum(), inputs)
-        columns = experts.down[expert].double()
-        lengths = (columns * (metric.to(columns.device) @ columns)).sum(0)
-        for row, slope in zip((0, 1)[-len(slopes) :], slopes, strict=True):
-            scaled = slope if on_input else slope * weight
-            loads[row, expert] = lengths * scaled.double().square().sum(0) / max(1, len(hidden))
-    loads += 1e-3 * loads.mean() + torch.finfo(torch.float64).tiny
-    return loads[0], loads[1]
-
-
 def selected(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
     """Tokens [n] that selected an expert and their routing weights [n, 1]."""
     token, slot = (routing.indices == expert).nonzero(as_tuple=True)

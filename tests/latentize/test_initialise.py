@@ -10,11 +10,11 @@ from torch import Tensor
 
 from latentize.activations import Activation
 from latentize.errors import LatentizeError
-from latentize.initialise import initialise
+from latentize.initialise import initialise, input_sensitivity, routed_only
 from latentize.moe import LatentMoE
 from latentize.plan import make_plan
 from latentize.recipe import Recipe
-from latentize.reference import moe_forward, router_forward
+from latentize.reference import experts_forward, moe_forward, router_forward
 from latentize.spec import ExpertsSpec, Groups, MoESpec, RouterSpec
 from latentize.statistics import BlockStatistics, collect
 
@@ -240,3 +240,20 @@ def test_weights_that_are_not_finite_are_named() -> None:
     plan = make_plan({"block": make_spec()}, Recipe(latent_dim=8))["block"]
     with pytest.raises(LatentizeError, match=r"block: experts.down \[6, 16, 12\] is not finite"):
         initialise(spec, plan, None, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["gated", "ungated relu²", "input weighted", "identities"])
+def test_input_sensitivity_is_the_mean_squared_jacobian(kind: str) -> None:
+    spec = make_spec(**KINDS[kind])
+    hidden = text_like(600)
+    routing = router_forward(spec, hidden)
+    metric = torch.diag(random(D, seed=30).exp())
+    found = input_sensitivity(spec, hidden, routing, metric, seed=0)
+
+    def output(x: Tensor) -> Tensor:
+        return experts_forward(routed_only(spec), x, routing).sum(0)
+
+    jacobians = torch.autograd.functional.jacobian(output, hidden).transpose(0, 1)  # [T, d out, d in]
+    expected = (jacobians.transpose(1, 2) @ metric @ jacobians).mean(0)
+    # 4 random products for each of 600 tokens.
+    assert (found - expected).norm() < 0.15 * expected.norm()
