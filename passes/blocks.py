@@ -27,7 +27,8 @@ class RoutedExperts(nn.Module):
         indices: Tensor = self._call.indices.pick(args, kwargs)
         weights: Tensor = self._call.weights.pick(args, kwargs)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        routed: Tensor = self.experts(flat, indices.reshape(len(flat), -1), weights.reshape(len(flat), -1))
+        k = indices.shape[-1]
+        routed: Tensor = self.experts(flat, indices.reshape(-1, k), weights.reshape(-1, k))
         return routed.view(hidden.shape) if self._call.like_hidden else routed
 
 
@@ -63,14 +64,16 @@ def hooked_router(original: nn.Module, router: Router, call: RouterCall, prefix:
     `router`. `prefix` computes what the router's weight multiplies, where that is not the input itself.
     """
     base = type(original)
-    subclass = type(base.__name__, (base,), {"forward": _forward_router, "__module__": base.__module__, "__doc__": base.__doc__})
+    subclass = type(
+        base.__name__, (base,), {"forward": _forward_router, "__module__": base.__module__, "__doc__": base.__doc__}
+    )
     hooked = copy.copy(original)
     hooked.__dict__ = dict(original.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
         hooked.__dict__[name] = type(original.__dict__[name])()
     hooked.__class__ = subclass
     hooked.router = router
-    hooked.prefix = prefix
+    hooked.prefix = prefix  # type: ignore[assignment]
     hooked._latentize_call = call  # type: ignore[assignment]
     return hooked
 
@@ -80,16 +83,20 @@ def routing_of(output: Any, router: nn.Module) -> Routing:
     if isinstance(output, Routing):
         return output
     structure: Structure = router._latentize_call.output  # type: ignore[union-attr, assignment]
-    values = list(output.values()) if isinstance(output, dict) else [output] if isinstance(output, Tensor) else list(output)
+    values = (
+        list(output.values()) if isinstance(output, dict) else [output] if isinstance(output, Tensor) else list(output)
+    )
     found = {
-        item.item: value.reshape(-1, value.shape[-1]) / item.factor if item.factor != 1.0 else value.reshape(-1, value.shape[-1])
+        item.item: value.reshape(-1, value.shape[-1]) / item.factor
+        if item.factor != 1.0
+        else value.reshape(-1, value.shape[-1])
         for item, value in zip(structure.items, values, strict=True)
         if isinstance(item, Output)
     }
     if "weights" in found and "indices" in found:
         logits = found.get("logits", found["weights"])
         return Routing(logits, found["weights"], found["indices"])
-    return route(found["logits"], router.router.spec)  # type: ignore[union-attr]
+    return route(found["logits"], router.router.spec)  # type: ignore[union-attr, arg-type]
 
 
 class LatentBlock(nn.Module):

@@ -1,8 +1,8 @@
 """Record one real run of a module as a data-flow graph of ATen calls, with the tensors that flowed through it.
 
 A real run captures any coding, data-dependent loops included, but only for its input: what is read off a recording is a
-hypothesis until `verify` has proved it on other inputs. Values that do not depend on the inputs are *constant*; they can be
-evaluated again for other weights, so that a lift made on one copy of a module can be bound to another.
+hypothesis until `verify` has proved it on other inputs. Values that do not depend on the inputs are *constant*; they
+can be evaluated again for other weights, so that a lift made on one copy of a module can be bound to another.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):
     """Writes every ATen call down, following tensors through views and in-place writes by their storage."""
 
     def __init__(self, state: Mapping[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         self.frames: list[Frame] = []
         self.open: list[int] = []
@@ -146,7 +146,9 @@ class _Recorder(TorchDispatchMode):
             value = self._new(tensor, None, const=True, source=self.state.get(id(tensor), ""))
         writer = self.last_write.get(_storage(tensor))
         if writer is not None and writer.index > value.index and writer.tensor is not tensor:
-            merged = Call(len(self.calls), _read_after_write, (value, writer), {}, [value, writer], [], tuple(self.open))
+            merged = Call(
+                len(self.calls), _read_after_write, (value, writer), {}, [value, writer], [], tuple(self.open)
+            )
             self.calls.append(merged)
             value = self._new(tensor, merged, const=value.const and writer.const)
             self._link(merged, value)
@@ -170,7 +172,7 @@ class _Recorder(TorchDispatchMode):
         for value in call.inputs:
             value.users.append(call)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         seen: list[Value] = []
 
@@ -185,7 +187,7 @@ class _Recorder(TorchDispatchMode):
         for tensor in written:
             self._snapshot(tensor)
         result = kernel(func, args)(*args, **kwargs)
-        call = Call(len(self.calls), func, *recorded, seen, [], tuple(self.open))
+        call = Call(len(self.calls), func, recorded[0], recorded[1], seen, [], tuple(self.open))
         self.calls.append(call)
         const = all(v.const for v in seen) and torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ())
         outputs = [self._new(t, call, const=const) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
@@ -212,7 +214,7 @@ def _read_after_write(value: Tensor, writer: Tensor) -> Tensor:  # noqa: ARG001
 
 def _storage(tensor: Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return id(tensor)
 
@@ -253,7 +255,10 @@ def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             recorder.frames[recorder.open.pop()].output = to_values(output)
 
     with torch.no_grad(), _no_compile():
-        inputs = [recorder.input(t) for t in _unique(t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor))]
+        inputs = [
+            recorder.input(t)
+            for t in _unique(t for t in pytree.tree_leaves((args, dict(kwargs))) if isinstance(t, Tensor))
+        ]
         handles = [child.register_forward_pre_hook(enter, with_kwargs=True, prepend=True) for child in module.modules()]
         handles += [child.register_forward_hook(leave, with_kwargs=True) for child in module.modules()]
         try:

@@ -95,7 +95,9 @@ class Region:
         first = self.output_channels_first
         total = graph.rows(self.output.tensor, self.head.tokens, channels_first=first)
         for term in self.rest:
-            total = total - graph.rows(term.tensor.expand_as(_like(term, self.output)), self.head.tokens, channels_first=first)
+            total = total - graph.rows(
+                term.tensor.expand_as(_like(term, self.output)), self.head.tokens, channels_first=first
+            )
         return total
 
     def scalars(self) -> list[float]:
@@ -197,11 +199,14 @@ def _build(head: Head, hidden: Value, output: Value, rest: list[Value], inside: 
         for value in call.inputs:
             if value.const and value.tensor.is_floating_point() and value.tensor.numel() > 1 and _is_weight(value):
                 uses.setdefault(value, []).append(call)
-    leaves, routing = [], []
+    leaves: list[Leaf] = []
+    routing: list[Leaf] = []
     for value, users in uses.items():
         alone = all(v in head.dependent or v.const for c in users for v in c.inputs)
         small = value.tensor.numel() in (head.num_experts, 1)
-        (routing if alone and small and not any(_meets_hidden(c, fed) for c in users) else leaves).append(Leaf(value, tuple(users)))
+        (routing if alone and small and not any(_meets_hidden(c, fed) for c in users) else leaves).append(
+            Leaf(value, tuple(users))
+        )
     return Region(
         head, hidden, output, rest, width, leaves, routing, calls, fed,
         output_channels_first=_channels_first(output, width), hidden_channels_first=_channels_first(hidden, width),

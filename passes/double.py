@@ -10,7 +10,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,5 +88,5 @@ def grouped_mm(
 class Fp64Kernels(TorchDispatchMode):
     """Lets modules run in fp64 whose kernels do not."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return kernel(func, args)(*args, **(kwargs or {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from latentize.blocks import Block
 from latentize.passes import graph
-from latentize.passes.capture import Recording, Value, record
+from latentize.passes.capture import Call, Recording, Value, record
 from latentize.passes.detect import Head, find_heads, regions
 from latentize.passes.double import in_double
 from latentize.passes.lift import Binding, lift
@@ -23,6 +24,8 @@ from latentize.passes.sites import GraphSite, Site
 from latentize.passes.trace import CaptureError
 from latentize.passes.verify import Candidate, verify
 from latentize.spec import MoESpec
+
+_log = logging.getLogger(__name__)
 
 #: Levels above the module that selects in which the experts are looked for.
 CLIMB = 4
@@ -70,7 +73,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
     done: set[tuple[str, int]] = set()
     with untouched(model):
         for chain in seen.chains:
-            for item in _in_chain(model, seen, chain, done):
+            for item in _in_chain(seen, chain, done):
                 found.setdefault(item.block.name, []).append(item)
     return [item for items in found.values() for item in _best(items)]
 
@@ -90,7 +93,7 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _in_chain(model: nn.Module, seen: Scan, chain: tuple[str, ...], done: set[tuple[str, int]]) -> Iterator[Found]:
+def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[str, int]]) -> Iterator[Found]:
     """The blocks around one selection, from the innermost module that holds one whole."""
     refused: Block | None = None
     for path in list(dict.fromkeys(chain))[:CLIMB]:
@@ -100,7 +103,8 @@ def _in_chain(model: nn.Module, seen: Scan, chain: tuple[str, ...], done: set[tu
         inner = chain[0].removeprefix(path).lstrip(".") if path else chain[0]
         try:
             items = list(_in_module(module, path, Prober(seen.calls[path]), inner, done))
-        except Exception as error:
+        except Exception as error:  # one module that cannot be run or read must not hide the others
+            _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
         lifted = [item for item in items if item.block.status != "refused"]
         if lifted:
@@ -118,9 +122,7 @@ def _is_vague(block: Block) -> bool:
     return block.reason.startswith("a selection by a router was found, but no experts")
 
 
-def _in_module(
-    module: nn.Module, path: str, prober: Prober, inner: str, done: set[tuple[str, int]]
-) -> Iterator[Found]:
+def _in_module(module: nn.Module, path: str, prober: Prober, inner: str, done: set[tuple[str, int]]) -> Iterator[Found]:
     lifts, reasons = _lifts(module, prober, None if isinstance(module, fx.GraphModule) and not path else inner)
     del done
     names: dict[str, int] = {}
@@ -263,7 +265,7 @@ def _heads(recording: Recording, innermost: str | None) -> list[Head]:
     return [h for h in heads if any(_path(recording, c) == innermost for c in h.selections)]
 
 
-def _path(recording: Recording, call: graph.Call) -> str:
+def _path(recording: Recording, call: Call) -> str:
     return recording.frames[call.frames[-1]].path if call.frames else ""
 
 

@@ -17,8 +17,8 @@ CONTRACTIONS = frozenset(
 )
 #: Calls whose result holds the same numbers in the same order.
 RESHAPES = frozenset(
-    {"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "detach", "alias", "clone", "_to_copy",
-     "contiguous", "flatten", "unflatten", "lift_fresh", "_read_after_write"}
+    {"view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "detach", "alias", "clone",
+     "_to_copy", "contiguous", "flatten", "unflatten", "lift_fresh", "_read_after_write"}
 )  # fmt: skip
 #: Calls that turn axes, which keeps the order when the turned axes have length 1.
 _TURNS = frozenset({"permute", "transpose", "t", "movedim", "expand"})
@@ -90,7 +90,9 @@ def base(value: Value) -> Value:
     """The value that `value` is a reshape or copy of."""
     while value.call is not None and value.call.name in RESHAPES | _TURNS:
         source = value.call.inputs[0]
-        if source.tensor.numel() != value.tensor.numel() or (value.call.name in _TURNS and not _same_order(source, value)):
+        if source.tensor.numel() != value.tensor.numel() or (
+            value.call.name in _TURNS and not _same_order(source, value)
+        ):
             break
         value = source
     return value
@@ -146,7 +148,7 @@ def projection(call: Call) -> Projection | None:
 
 
 def nearest_projections(value: Value) -> tuple[set[Call], bool]:
-    """Projections behind `value` with no other contraction between, and whether a product of two activations was met."""
+    """Projections behind `value` with no contraction between, and whether a product of two activations was met."""
     found: set[Call] = set()
     mixing = False
     seen = {value}

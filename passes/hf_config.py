@@ -1,4 +1,4 @@
-"""Keep a transformers model's configuration true after a rewrite, so that what reads it (auxiliary loss, saving) stays right."""
+"""Keep a transformers model's configuration true after a rewrite, for what reads it: auxiliary loss, saving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from latentize.spec import MoESpec
 #: What transformers configurations call the sizes that a rewrite changes.
 _NAMES = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts"),
-    "top_k": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts", "top_k"),
+    "top_k": (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+        "top_k",
+    ),
     "group_count": ("n_group", "num_expert_group"),
     "group_kept": ("topk_group",),
 }

@@ -66,9 +66,7 @@ def example_inputs(graph_module: fx.GraphModule) -> tuple[tuple[Any, ...], dict[
         LatentizeError: a placeholder has no metadata, as after `torch.fx.symbolic_trace`.
     """
     generator = torch.Generator().manual_seed(0)
-    values = [
-        _example(graph_module, node, generator) for node in graph_module.graph.nodes if node.op == "placeholder"
-    ]
+    values = [_example(graph_module, node, generator) for node in graph_module.graph.nodes if node.op == "placeholder"]
     info = getattr(graph_module.graph._codegen, "pytree_info", None)
     if info is None or info.in_spec is None:
         return tuple(values), {}
@@ -86,7 +84,8 @@ def _example(graph_module: fx.GraphModule, node: fx.Node, generator: torch.Gener
         if isinstance(value, (int, float, bool)):
             return value
         raise LatentizeError(
-            f"LatentizePass: placeholder {node.name!r} says nothing of its shape; give LatentizePass(args=...) example inputs"
+            f"LatentizePass: placeholder {node.name!r} says nothing of its shape; "
+            "give example inputs with LatentizePass(args=...)"
         )
     shape = [size if isinstance(size, int) else _hint(size) for size in value.shape]
     if value.dtype == torch.bool:

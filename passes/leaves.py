@@ -1,4 +1,4 @@
-"""Turn the constant tensors of a region into candidates for stacked expert weights [N, out, in], whatever their storage."""
+"""Turn the constants of a region into candidates for stacked expert weights [N, out, in], whatever their storage."""
 
 from __future__ import annotations
 
@@ -142,13 +142,15 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     whole = first._base
     if whole is not None and whole.numel() == step * len(tensors) and whole.is_contiguous():
         laid = whole.view(len(tensors), *first.shape) if first.is_contiguous() else None
-        if laid is not None and all(t._base is whole and t.data_ptr() == laid[i].data_ptr() for i, t in enumerate(tensors)):
+        if laid is not None and all(
+            t._base is whole and t.data_ptr() == laid[i].data_ptr() for i, t in enumerate(tensors)
+        ):
             return laid
     return torch.stack(tensors)
 
 
 def readings(bound: Bound, shape: torch.Size, wanted: tuple[int, ...]) -> Iterator[Bound]:
-    """Readings of a leaf of `shape` with axes of the `wanted` lengths, in every order in which they can lie in memory."""
+    """Readings of a leaf of `shape` with axes of the `wanted` lengths, in every order they can have in memory."""
     sizes = tuple(s for s in shape if s != 1) or (1,)
     if math.prod(sizes) != math.prod(wanted):
         return

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from latentize.passes import graph
-from latentize.passes.capture import Recording
+from latentize.passes.capture import Call, Recording
 from latentize.passes.detect import Head, Region, regions
+from latentize.passes.leaves import Bound
 from latentize.passes.lift_experts import ExpertsFit, fit_experts
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
 from latentize.spec import ExpertsSpec, MoESpec
@@ -28,14 +29,14 @@ class Binding:
     def spec(self, recording: Recording, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MoESpec:
         """The spec with tensors evaluated from `state`, the module's parameters and buffers by name."""
 
-        def tensor(bound: object) -> Tensor:
-            value = bound.tensor(recording, state).detach()  # type: ignore[attr-defined]
+        def tensor(bound: Bound) -> Tensor:
+            value = bound.tensor(recording, state).detach()
             return value if dtype is None else value.to(dtype)
 
         router = replace(
             self.router.rule,
             weight=tensor(self.router.weight),
-            **{name: tensor(bound) for name, bound in self.router.tensors.items()},
+            **{name: tensor(bound) for name, bound in self.router.tensors.items()},  # type: ignore[arg-type]
         )
         experts = {name: tensor(bound) for name, bound in self.experts.bounds().items()}
         identity = router.weight.shape[0] - self.experts.num_experts
@@ -133,7 +134,7 @@ def _is_latent(region: Region) -> bool:
     return False
 
 
-def _users_through_reshapes(region: Region) -> Iterator[graph.Call]:
+def _users_through_reshapes(region: Region) -> Iterator[Call]:
     stack = [region.output]
     while stack:
         for call in stack.pop().users:

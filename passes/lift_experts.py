@@ -1,7 +1,7 @@
 """What the experts of a region compute, found by trying every reading of its weights against its routed output.
 
-The routed output of a token is a weighted sum of its experts' outputs, so a reading is right when the output lies in their
-span, whatever the routing weights are. The weights that put it there are what the router must then be shown to produce.
+The routed output of a token is a weighted sum of its experts' outputs, so a reading is right when the output lies in
+their span, whatever the routing weights are. The weights that put it there are what the router must produce.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Reading:
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of the recorded run with the experts they selected. `weights` [T, k] when experts are weighted on the input."""
+    """Tokens of the recorded run with the experts they selected; `weights` when those multiply the experts' input."""
 
     hidden: Tensor  # [T, h]
     output: Tensor  # [T, h]
@@ -119,7 +119,9 @@ def _misfit(grouped: list[list[Role]], region: Region) -> str:
     if weights < 2:
         return f"its experts have {weights} kinds of weights where at least two (up and down) are needed"
     shapes = sorted({tuple(leaf.value.shape) for leaf in region.leaves})
-    return f"shapes {shapes} do not read as gate, up and down of {region.head.num_experts} experts of width {region.width}"
+    return (
+        f"shapes {shapes} do not read as gate, up and down of {region.head.num_experts} experts of width {region.width}"
+    )
 
 
 def _expert_counts(found: list[Role], region: Region) -> list[int]:

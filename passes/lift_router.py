@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +42,9 @@ class _Target:
 
 
 @torch.no_grad()
-def fit_router(region: Region, indices: Tensor, weights: Tensor, applies_to: str) -> tuple[RouterFit | None, str]:
+def fit_router(
+    region: Region, indices: Tensor, weights: Tensor, applies_to: Literal["output", "input"]
+) -> tuple[RouterFit | None, str]:
     """The routing rule behind the weights, or the reason why none fits.
 
     Args:
@@ -63,7 +66,7 @@ def fit_router(region: Region, indices: Tensor, weights: Tensor, applies_to: str
         if not _selects(rule, capped, target):
             continue
         reason = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
-        for weighing in _weighings(region, rule, target.top_k):
+        for weighing in _weighings(region, rule):
             scale = _scale(weighing, capped, target, region)
             if scale is not None:
                 head = region.head
@@ -73,7 +76,9 @@ def fit_router(region: Region, indices: Tensor, weights: Tensor, applies_to: str
                 if head.projection.bias is not None:
                     tensors["bias"] = _joined_bias(head.projection.bias, tensors.get("bias"), count)
                 assert factor is None
-                found = replace(weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None, bias=None)  # type: ignore[arg-type]
+                found = replace(
+                    weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None, bias=None
+                )
                 return RouterFit(found, weight, tensors), ""
     return None, reason
 
@@ -100,7 +105,9 @@ def _selection_rules(region: Region, target: _Target) -> Iterator[tuple[RouterSp
     caps: list[float | None] = [None]
     if "tanh" in names:
         caps = [*(s for s in region.scalars() if s > 0), None]
-    orders = ["topk_first", "score_first"] if _softmax_over_selected(region, target.top_k) else ["score_first", "topk_first"]
+    orders = (
+        ["topk_first", "score_first"] if _softmax_over_selected(region, target.top_k) else ["score_first", "topk_first"]
+    )
     scores = ("softmax", "sigmoid", "sqrt_softplus")
     groupings: list[Groups | None] = [None, *_groups(region, target)]
     for parts in itertools.product(_PARTS, repeat=len(leaves)):
@@ -125,7 +132,9 @@ def _selection_rules(region: Region, target: _Target) -> Iterator[tuple[RouterSp
 
 
 def _softmax_over_selected(region: Region, top_k: int) -> bool:
-    return any(c.name in {"_softmax", "softmax"} and c.outputs and c.outputs[0].shape[-1:] == (top_k,) for c in region.calls)
+    return any(
+        c.name in {"_softmax", "softmax"} and c.outputs and c.outputs[0].shape[-1:] == (top_k,) for c in region.calls
+    )
 
 
 def _groups(region: Region, target: _Target) -> Iterator[Groups]:
@@ -153,23 +162,27 @@ def _selects(rule: RouterSpec, logits: Tensor, target: _Target) -> bool:
     choice = selection_scores(logits, scores, rule)
     ranked = choice.sort(-1, descending=True)
     gap = ranked.values[:, rule.top_k - 1] - ranked.values[:, rule.top_k]
-    clear = (gap > TIE) & ~_group_ties(choice, scores, rule)
+    clear = (gap > TIE) & ~group_ties(choice, scores, rule)
     chosen = torch.zeros_like(choice).scatter(1, ranked.indices[:, : rule.top_k], 1.0).bool()
     wrong = (chosen != target.selected).any(-1) & clear
     return bool(clear.any()) and not bool(wrong.any())
 
 
-def _group_ties(choice: Tensor, scores: Tensor, rule: RouterSpec) -> Tensor:
+def group_ties(choice: Tensor, scores: Tensor, rule: RouterSpec) -> Tensor:
+    """Tokens [T] whose choice of groups is a tie; choice and scores are [T, N]."""
     if rule.groups is None:
         return torch.zeros(len(choice), dtype=torch.bool)
     plain = scores if rule.selection_bias is None else scores + rule.selection_bias
     grouped = plain.unflatten(-1, (rule.groups.count, -1))
-    totals = grouped.amax(-1) if rule.groups.score == "max" else grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    totals = (
+        grouped.amax(-1) if rule.groups.score == "max" else grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    )
     ranked = totals.sort(-1, descending=True).values
-    return (ranked[:, rule.groups.kept - 1] - ranked[:, rule.groups.kept]) < TIE
+    tied: Tensor = (ranked[:, rule.groups.kept - 1] - ranked[:, rule.groups.kept]) < TIE
+    return tied
 
 
-def _weighings(region: Region, rule: RouterSpec, top_k: int) -> Iterator[RouterSpec]:
+def _weighings(region: Region, rule: RouterSpec) -> Iterator[RouterSpec]:
     """The rule with every normalisation that the region's calls suggest, hinted ones first."""
     tokens = region.head.tokens
     sums = [c for c in region.calls if c.outputs and c.outputs[0].tensor.numel() == tokens]
@@ -244,7 +257,7 @@ def _as_indices(tensor: Tensor, tokens: int, count: int, *, channels_first: bool
 
 
 def carried_weights(region: Region, indices: Tensor) -> Iterator[Tensor]:
-    """Candidates for the routing weights [T, k] of the recorded run: floating tensors computed from the logits alone."""
+    """Candidates for the routing weights [T, k] of the recorded run: floating tensors from the logits alone."""
     head = region.head
     tokens, k = indices.shape
     count = head.num_experts

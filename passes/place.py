@@ -42,24 +42,29 @@ def _known(binding: Binding, state: dict[str, Tensor]) -> _Known:
     routing = route(logits, spec.router)
     scores = score(logits, spec.router.score)
     return _Known(
-        region.head.tokens, routing, scores, region.routed_rows().double(), region.hidden, region.head.projection.activation
+        region.head.tokens,
+        routing,
+        scores,
+        region.routed_rows().double(),
+        region.hidden,
+        region.head.projection.activation,
     )
 
 
 def parts_site(path: str, binding: Binding, state: dict[str, Tensor]) -> PartsSite | None:
-    """The site when a submodule computes the routing and another the routed output from it; None when there are none."""
+    """The site when a submodule computes the routing and another the routed output from it; else None."""
     recording = binding.region.head.recording
     known = _known(binding, state)
     if binding.region.rest:
         return None
     for number, frame in _frames(recording):
-        call = _experts_call(recording, number, frame, known, binding)
+        call = _experts_call(number, frame, known, binding)
         if call is None:
             continue
         for other, candidate in _frames(recording):
             if other == number or other in _parents(recording, number):
                 continue
-            router = router_call(recording, other, candidate, known, binding)
+            router = router_call(other, candidate, known, binding)
             if router is not None and {"weights", "indices"} <= _items(router.output):
                 return PartsSite(path, router, call)
     return None
@@ -79,7 +84,7 @@ def whole_site(path: str, binding: Binding, state: dict[str, Tensor]) -> WholeSi
     structure = _structure(recording.output_tree, known, _value(root, hidden))
     if structure is None or "routed" not in _items(structure):
         return None
-    routers = (router_call(recording, n, f, known, binding) for n, f in _frames(recording))
+    routers = (router_call(n, f, known, binding) for n, f in _frames(recording))
     router = next((r for r in routers if r is not None and not r.prefix), None)
     return WholeSite(path, hidden, structure, router)
 
@@ -98,7 +103,7 @@ def _parents(recording: Recording, number: int) -> set[int]:
     return set()
 
 
-def _experts_call(recording: Recording, number: int, frame: Frame, known: _Known, binding: Binding) -> ExpertsCall | None:
+def _experts_call(number: int, frame: Frame, known: _Known, binding: Binding) -> ExpertsCall | None:
     output = frame.output
     if not isinstance(output, Value) or graph.base(output) is not graph.base(binding.region.output):
         return None
@@ -118,7 +123,7 @@ def _experts_call(recording: Recording, number: int, frame: Frame, known: _Known
     return ExpertsCall(frame.path, hidden, indices, weights, like)
 
 
-def router_call(recording: Recording, number: int, frame: Frame, known: _Known, binding: Binding) -> RouterCall | None:
+def router_call(number: int, frame: Frame, known: _Known, binding: Binding) -> RouterCall | None:
     """The frame as a router of the binding, if its output consists of the routing's quantities."""
     if number not in binding.region.head.projection.call.frames:
         return None

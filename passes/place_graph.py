@@ -10,9 +10,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from latentize.passes import trace
+from latentize.passes.double import evaluating
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs
-from latentize.passes.double import evaluating
 from latentize.passes.rewrite import encode_example, sharing_copy
 from latentize.passes.sites import GraphSite, PartsSite, Site
 
@@ -34,7 +34,9 @@ def _native(module: nn.Module, inputs: Inputs) -> Inputs:
     return inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
 
 
-def graph_site(template: fx.GraphModule | None, randomised: nn.Module, module: nn.Module, inputs: Inputs, binding: Binding) -> GraphSite | None:
+def graph_site(
+    template: fx.GraphModule | None, randomised: nn.Module, module: nn.Module, inputs: Inputs, binding: Binding
+) -> GraphSite | None:
     """The nodes of the routed region in the graph of a module, or None when they cannot be told.
 
     Args:
@@ -67,12 +69,18 @@ def graph_site(template: fx.GraphModule | None, randomised: nn.Module, module: n
     if any(t is None for t in terms):
         return None
     router = pair[0] if not binding.separate_router_input else seen[0]
-    logits = _output_logits(captured, _nodes(values, region.head.logits.tensor))
+    logits = _output_logits(_nodes(values, region.head.logits.tensor))
     native = _native(module, inputs)
     return GraphSite(
-        None if template is None else "", pair[0].name, router.name, pair[1].name, tuple(t.name for t in terms if t is not None), logits, first,
+        None if template is None else "",
+        pair[0].name,
+        router.name,
+        pair[1].name,
+        tuple(t.name for t in terms if t is not None),
+        logits,
+        first,
         encode_example(native.args, native.kwargs),
-    )  # fmt: skip
+    )
 
 
 def finish_prefix(site: Site, randomised: nn.Module, binding: Binding) -> Site:
@@ -117,12 +125,12 @@ def _pair(
 
 def _adds_to(term: torch.Size, shape: torch.Size) -> bool:
     try:
-        return torch.broadcast_shapes(term, shape) == shape
+        return bool(torch.broadcast_shapes(term, shape) == shape)
     except RuntimeError:
         return False
 
 
-def _output_logits(captured: fx.GraphModule, nodes: list[fx.Node]) -> str:
+def _output_logits(nodes: list[fx.Node]) -> str:
     """The node among `nodes` that the graph returns, if any."""
     for node in nodes:
         if any(user.op == "output" for user in node.users):

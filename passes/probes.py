@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +58,7 @@ class Prober:
         return Inputs(name, args, kwargs)
 
     def random(self, name: str, batch: int, tokens: int, seed: int, spread: float = 0.0) -> Inputs | None:
-        """Random hidden states of the module's rank, magnitudes spread by exp(±spread); None when it takes others too."""
+        """Random hidden states of the module's rank, magnitudes spread by exp(±spread); None when it takes more."""
         like = self.hidden
         if like is None:
             return None
@@ -70,18 +69,22 @@ class Prober:
         if spread:
             per_token = list(shape)
             per_token[1 if like.dim() == 4 else -1] = 1
-            values = values * torch.exp(spread * (2 * torch.rand(per_token, generator=generator, dtype=torch.float64) - 0.7))
+            values = values * torch.exp(
+                spread * (2 * torch.rand(per_token, generator=generator, dtype=torch.float64) - 0.7)
+            )
         return self.with_hidden(name, values.to(like.dtype))
 
     def directed(self, name: str, directions: Tensor, seed: int) -> Inputs | None:
-        """One token along each of `directions` [N, d], so that every expert is selected; None where that is not possible."""
+        """Tokens along each of `directions` [N, d], so that every expert is selected; None where that is impossible."""
         like = self.hidden
         if like is None or like.dim() > 3 or like.shape[-1] != directions.shape[1]:
             return None
         generator = torch.Generator().manual_seed(seed)
         size = float(like.double().square().mean().sqrt()) or 1.0
         unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12) * directions.shape[1] ** 0.5
-        rows = torch.cat([unit + 0.3 * torch.randn(unit.shape, generator=generator, dtype=torch.float64) for _ in range(4)])
+        rows = torch.cat(
+            [unit + 0.3 * torch.randn(unit.shape, generator=generator, dtype=torch.float64) for _ in range(4)]
+        )
         rows = rows * size
         shape = (1, *rows.shape) if like.dim() == 3 else rows.shape
         return self.with_hidden(name, rows.reshape(shape).to(like.dtype))
@@ -110,8 +113,3 @@ def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:
     if like.dim() == 4:
         return (batch, like.shape[1], tokens, 2 if tokens > 1 else 1)
     return tuple(like.shape)
-
-
-def with_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of a state dict."""
-    return {name: tensor.detach().clone() for name, tensor in state.items()}

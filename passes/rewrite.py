@@ -162,7 +162,9 @@ def splice(graph: fx.GraphModule, site: GraphSite, moe: LatentMoE, number: int) 
     nodes = {n.name: n for n in graph.graph.nodes}
     missing = [n for n in (site.hidden, site.router_hidden, site.output, *site.rest) if n not in nodes]
     if missing:
-        raise LatentizeError(f"graph node {missing[0]!r} of block {site.path or site.output!r} is not there: is this the same model?")
+        raise LatentizeError(
+            f"graph node {missing[0]!r} of block {site.path or site.output!r} is not there: is this the same model?"
+        )
     name = f"latent_moe_{number}"
     while hasattr(graph, name):
         name += "_"

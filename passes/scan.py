@@ -28,7 +28,7 @@ class ModuleCall:
 
 @dataclass
 class Scan:
-    """Where a model selects: for each selection the open module paths, innermost first, and every module's first call."""
+    """Where a model selects: the open module paths of each selection, innermost first, every module's first call."""
 
     chains: list[tuple[str, ...]] = field(default_factory=list)
     calls: dict[str, ModuleCall] = field(default_factory=dict)
@@ -37,11 +37,11 @@ class Scan:
 
 class _Watcher(TorchDispatchMode):
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.open: list[str] = []
         self.chains: dict[tuple[str, ...], None] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.rstrip("_")
         if name in SELECTIONS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.chains[tuple(reversed(self.open))] = None

@@ -1,7 +1,7 @@
 """Where and how a lifted block is put back into its model: plain values that can be stored and used again.
 
-A site is described with paths, positions and node names only, never with code, so that a saved model can be rebuilt from the
-original structure without detecting anything again.
+A site is described with paths, positions and node names only, never with code, so that a saved model can be rebuilt
+from the original structure without detecting anything again.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Structure:
     """How a module's output is put together: a tensor, or a tuple or dict of tensors and constants."""
 
     kind: Literal["tensor", "tuple", "list", "dict"]
-    items: tuple[Output | None | float | bool | str, ...]
+    items: tuple[Output | float | bool | str | None, ...]
     keys: tuple[str, ...] = ()
 
 
@@ -95,7 +95,7 @@ class WholeSite:
 
 @dataclass(frozen=True)
 class GraphSite:
-    """Nodes of a graph: of the module at `path` once captured, or of the model itself when it is a graph (`path` None)."""
+    """Nodes of a graph: of the module at `path` once captured, or of the model itself, a graph (`path` None)."""
 
     path: str | None
     hidden: str

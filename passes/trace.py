@@ -1,4 +1,4 @@
-"""Capture a module as an FX graph of ATen calls that is valid for other lengths, and find recorded values among its nodes."""
+"""Capture a module as an FX graph of ATen calls that is valid for other lengths; find recorded values in its nodes."""
 
 from __future__ import annotations
 
@@ -39,11 +39,13 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     named = inspect.signature(module.forward).bind(*positional, **keyword).arguments
     shapes = _spread(module, named)
     try:
-        with torch.no_grad(), _config.patch(backed_size_oblivious=True), _quiet():
+        with torch.no_grad(), _config.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
             program = torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             graph = program.module(check_guards=False)
     except Exception as error:  # export raises many kinds
-        raise CaptureError(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}") from error
+        raise CaptureError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        ) from error
     assert isinstance(graph, fx.GraphModule)
     for name in ("train", "eval"):
         graph.__dict__.pop(name, None)
@@ -66,7 +68,10 @@ def bound(template: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep export's own log of a failure, which is not one of ours, off the terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")
+    ]
     levels = [log.level for log in loggers]
     for log in loggers:
         log.setLevel(logging.CRITICAL + 1)
@@ -104,7 +109,7 @@ class _Values(fx.Interpreter):
 
 def node_values(graph: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[fx.Node, Tensor]:
     """What every node of the graph computes on the given inputs, tensors only, in graph order."""
-    flat = [a for a in pytree.tree_leaves((args, dict(kwargs)))]
+    flat = pytree.tree_leaves((args, dict(kwargs)))
     placeholders = sum(n.op == "placeholder" for n in graph.graph.nodes)
     runner = _Values(graph)
     with torch.no_grad():

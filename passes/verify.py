@@ -1,12 +1,13 @@
 """Prove a lift: the block in canonical form, put where it belongs, must compute what the original computes.
 
-Both sides run in fp64 on inputs of other lengths, on the model's weights and on randomised ones, with N and k as they are and
-doubled, and in the model's own dtype against the original's own rounding.
+Both sides run in fp64 on inputs of other lengths, with the model's weights and randomised ones, with N and k as they are
+and doubled, and in the model's own dtype against the original's own rounding.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,10 +19,11 @@ from latentize import rescale
 from latentize.blocks import Probe
 from latentize.moe import LatentMoE, Router
 from latentize.passes.double import Fp64Kernels, evaluating, in_double
-from latentize.passes.lift_router import TIE
+from latentize.passes.lift_router import TIE, group_ties
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
 from latentize.passes.sites import Site
+from latentize.routing import score, selection_scores
 from latentize.spec import MoESpec
 
 #: A rewrite is exact when its error is at most this many times the original's own rounding error, or FLOOR.
@@ -58,13 +60,17 @@ def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple
         native = evaluating(copy.deepcopy(candidate.module))
         probes: list[Probe] = []
         inputs = prober.proofs(SEED)
-        for label, base, factor in (("", truth, 1), ("randomised weights, ", randomised, 1), ("N and k doubled, ", randomised, 2)):
+        for label, base, factor in (
+            ("", truth, 1),
+            ("randomised weights, ", randomised, 1),
+            ("N and k doubled, ", randomised, 2),
+        ):
             found, reason = _compare(candidate, base, base, inputs, label, factor)
             probes += found
             if reason:
                 return tuple(probes), reason
         found, reason = _compare(candidate, native, truth, inputs, "own dtype, ", 1)
-        return tuple([*probes, *found]), reason
+        return (*probes, *found), reason
 
 
 def _compare(
@@ -75,7 +81,7 @@ def _compare(
     templates = {} if candidate.template is None else {"": candidate.template}
     rewritten = replace_at(subject, {"": candidate.site}, {"": canonical}, templates=templates)
     dtype = next((p.dtype for p in subject.parameters() if p.is_floating_point()), torch.float32)
-    probes = []
+    probes: list[Probe] = []
     for probe in inputs:
         expected = _run(truth, probe, torch.float64)
         own = expected if subject is truth else _run(subject, probe, dtype)
@@ -83,7 +89,10 @@ def _compare(
         ours = _run(rewritten, probe, dtype)
         handle.remove()
         if len(ours) != len(expected):
-            return probes, f"its output has {len(expected)} tensors, and {len(ours)} after rewriting ({label}{probe.name})"
+            return (
+                probes,
+                f"its output has {len(expected)} tensors, and {len(ours)} after rewriting ({label}{probe.name})",
+            )
         kept = torch.cat(margins) > TIE if margins else None
         error, own_error, tied, tokens = 0.0, 0.0, 0, 0 if kept is None else len(kept)
         for position, (a, b, o) in enumerate(zip(ours, expected, own, strict=True)):
@@ -112,7 +121,7 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     ready = inputs.to(dtype)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         if dtype == torch.float64:
-            with Fp64Kernels():
+            with Fp64Kernels():  # type: ignore[no-untyped-call]
                 output = module(*ready.args, **ready.kwargs)
         else:
             output = module(*ready.args, **ready.kwargs)
@@ -130,24 +139,14 @@ def _margins(router: Router) -> tuple[list[Tensor], torch.utils.hooks.RemovableH
 
 
 def _margin(logits: Tensor, router: Router) -> Tensor:
-    from latentize.passes.lift_router import _capped, _group_ties
-    from latentize.routing import score, selection_scores
-
     rule = router.spec
-    capped = logits if rule.softcap is None else _capped(logits, _without_bias(rule))
+    capped = logits if rule.softcap is None else rule.softcap * torch.tanh(logits / rule.softcap)
     scores = capped if rule.order == "topk_first" else score(capped, rule.score)
     ranked = selection_scores(capped, scores, rule).sort(-1, descending=True).values
     if ranked.shape[1] == rule.top_k:
-        return torch.full((len(ranked),), float("inf"), dtype=torch.float64)
-    gap = ranked[:, rule.top_k - 1] - ranked[:, rule.top_k]
-    gap = torch.where(torch.isnan(gap), torch.full_like(gap, float("inf")), gap)
-    return torch.where(_group_ties(capped, scores, rule), torch.zeros_like(gap), gap)
-
-
-def _without_bias(rule: object) -> object:
-    from dataclasses import replace
-
-    return replace(rule, bias=None)  # type: ignore[type-var]
+        return torch.full((len(ranked),), math.inf, dtype=torch.float64)
+    gap = (ranked[:, rule.top_k - 1] - ranked[:, rule.top_k]).nan_to_num(nan=math.inf)
+    return torch.where(group_ties(capped, scores, rule), torch.zeros_like(gap), gap)
 
 
 def _relative(a: Tensor, b: Tensor, kept: Tensor | None, share: float) -> tuple[float, int]:
