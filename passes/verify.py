@@ -1,7 +1,7 @@
 """Prove a lift: the block in canonical form, put where it belongs, must compute what the original computes.
 
-Both sides run in fp64 on inputs of other lengths, with the model's weights and randomised ones, with N and k as they are
-and doubled, and in the model's own dtype against the original's own rounding.
+Both sides run in fp64 on inputs of other lengths, with the model's weights and randomised ones, with N and k as they
+are and doubled, and in the model's own dtype against the original's own rounding.
 """
 
 from __future__ import annotations
