@@ -154,11 +154,11 @@ def bench(out: Path, original: str | None, verbose: int, quiet: bool, log_file: 
 @click.argument("out", type=click.Path(path_type=Path))
 @_common
 def build(out: Path, verbose: int, quiet: bool, log_file: Path | None) -> None:
-    """Build inference engines from the converted model in OUT."""
+    """Build a TensorRT engine from the ONNX graph in OUT."""
     _start(verbose, quiet, log_file)
     from latentize import run_compare
 
-    run_compare.build(out)
+    run_compare.build(out, quiet=quiet)
 
 
 def default_out(model: str) -> Path:

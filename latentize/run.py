@@ -133,14 +133,14 @@ def check_request(options: Options) -> None:
         MissingExtraError: a package that an export needs is missing.
     """
     staging.check_target(options.out)
-    if "onnx" in options.exports:
+    if options.exports:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
-                raise MissingExtraError(package, "onnx", "--export onnx")
+                raise MissingExtraError(package, "onnx", f"--export {options.exports[0]}")
     if "tensorrt" in options.exports:
-        from latentize.run_compare import tensorrt_builder
+        from latentize.run_compare import require_tensorrt
 
-        tensorrt_builder("--export tensorrt")
+        require_tensorrt("--export tensorrt")
 
 
 def dry_run(job: Job) -> None:
@@ -254,7 +254,7 @@ def _evaluate(job: Job, model: Any) -> dict[str, float]:
 
 def _export_original(job: Job, folder: Path) -> Path | None:
     """The original's graph, exported before the long work: what stops it would stop the rewritten model's too."""
-    if "onnx" not in job.options.exports:
+    if not job.options.exports:
         return None
     from latentize import run_onnx
 
@@ -276,6 +276,11 @@ def _export(
         path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder)
         rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
         rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
+    if "tensorrt" in job.options.exports:
+        from latentize.exporters import tensorrt
+
+        with job.steps.step("engine"):
+            tensorrt.build(folder)
     title = "ONNX against PyTorch"
     gates.extend(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance) for r in rows)
     return tuple(rows)

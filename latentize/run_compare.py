@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import time
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -14,7 +12,7 @@ from latentize import artefact, terminal
 from latentize.bench import TOKENS, Latency, bench_models, bench_onnx
 from latentize.compare import Gate, evaluate_pair, output_agreement, require
 from latentize.conversion import batches_of
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, MissingExtraError
 from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.progress import Steps
 from latentize.run_onnx import ORIGINAL, REWRITTEN, agreement
@@ -66,31 +64,38 @@ def bench(out: Path, original: str | None, *, quiet: bool) -> None:
     terminal.print_latency(console, rows)
 
 
-def build(out: Path) -> None:
-    """Build engines from the converted model in OUT.
+def build(out: Path, *, quiet: bool) -> None:
+    """Build a TensorRT engine from the converted model in OUT.
 
     Raises:
-        LatentizeError: OUT is not ours, or there is nothing to build with.
+        LatentizeError: OUT is not ours, holds no ONNX graph, or TensorRT rejects it.
+        MissingExtraError: the packages that build engines are not installed.
     """
+    from latentize.exporters import tensorrt
+
     artefact.read_manifest(out)
-    tensorrt_builder("latentize build")(out)
+    require_tensorrt("latentize build")
+    if not (out / REWRITTEN).exists():
+        raise LatentizeError(
+            f"{out}: engines are built from {REWRITTEN}, which is not there; convert with --export onnx"
+        )
+    console, progress = terminal.consoles(quiet=quiet)
+    with Steps(progress).step("build"):
+        engines = tensorrt.build(out)
+    for engine in engines:
+        console.print(f"{engine.path}: {engine.bytes:,} bytes; it runs on NVIDIA GPUs of compute "
+                      "capability 8.0, 8.6, 8.9 or 12.0")  # fmt: skip
 
 
-def tensorrt_builder(feature: str) -> Any:
-    """The function that builds engines from a folder.
+def require_tensorrt(feature: str) -> None:
+    """Check that engines can be built here.
 
     Raises:
-        LatentizeError: this installation cannot build any, and what it would take.
+        MissingExtraError: naming the package that is missing.
     """
-    needs = "an NVIDIA GPU of compute capability 8.0 or later to run the engines, and pip install 'latentize[tensorrt]'"
-    name = "latentize.exporters.tensorrt"
-    builder = getattr(importlib.import_module(name), "build", None) if importlib.util.find_spec(name) else None
-    if builder is None:
-        raise LatentizeError(
-            f"{feature}: this version of latentize cannot build TensorRT engines yet; they will need {needs}. "
-            "Use --export onnx"
-        )
-    return builder
+    for package, name, extra in (("tensorrt_rtx", "tensorrt-rtx", "tensorrt"), ("onnx", "onnx", "onnx")):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(name, extra, f"{feature} (no GPU is needed to build, one is to run)")
 
 
 def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module]:

@@ -47,7 +47,7 @@ def estimated_bytes(model: nn.Module, prepared: Prepared, exports: tuple[str, ..
     blocks = sum(_bytes(block.spec) for block in prepared.teacher.blocks.values())
     new = sum(_stored_after(plan) for plan in prepared.plans.values())
     after = whole - blocks + new
-    graphs = (whole + after) if "onnx" in exports else 0
+    graphs = (whole + after) if exports else 0
     return after + graphs + 4 * new + 2**20
 
 

@@ -127,7 +127,6 @@ def test_the_default_output_is_named_after_the_model(model, out):
         (["plain.py", "--max-loss", "x"], "'x' is not a valid float"),
         (["plain.py", "--max-loss", "0.1"], "--max-loss needs an evaluate"),
         (["plain.py", "-o", "plain.py"], "is a file"),
-        (["plain.py", "--export", "tensorrt"], "tensorrt"),
         (["plain.py", "--log-file", "absent/log"], "cannot be written"),
         (["inspect"], "Missing argument 'MODEL'"),
         (["compare", "absent"], "not a folder that latentize wrote"),
@@ -198,3 +197,15 @@ def test_quiet_says_nothing_and_a_log_file_has_everything(capsys, plain):
     assert (code, out) == (3, "")
     assert len(err.strip().splitlines()) == 1
     assert "load" in Path("run.log").read_text()
+
+
+@pytest.mark.parametrize(("missing", "extra"), [("tensorrt_rtx", "tensorrt"), ("onnxruntime", "onnx")])
+def test_a_missing_extra_is_named_before_the_model_loads(capsys, plain, monkeypatch, missing, extra):
+    from importlib import util
+
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: None if name == missing else find(name))
+    monkeypatch.setattr("latentize.sources.open_model", pytest.fail)
+    code, _, err = call(capsys, "plain.py", "--export", "tensorrt")
+    assert code == 2
+    assert f"latentize[{extra}]" in err

@@ -1,0 +1,252 @@
+"""The whole job on a tiny model: files, report, gates, dry run, interruption and resumption."""
+
+import json
+
+import pytest
+import torch
+
+import latentize
+from latentize import api, cli, report
+from latentize.errors import GateError
+from latentize.inputs import Inputs
+from latentize.run_onnx import redraw
+from latentize.sources import Source, open_model
+
+pytest.importorskip("onnxruntime")
+
+MODEL = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+class Moe(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.r = nn.Linear(16, 4, bias=False)
+        self.a = nn.Parameter(torch.randn(4, 12, 16) * 0.2)
+        self.c = nn.Parameter(torch.randn(4, 16, 12) * 0.2)
+    def forward(self, x):
+        w, i = self.r(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e in range(4):
+            row, slot = torch.where(i == e)
+            out.index_add_(0, row, F.relu(x[row] @ self.a[e].T) @ self.c[e].T * w[row, slot, None])
+        return out
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.moe = Moe()
+    def forward(self, x):
+        return x + self.moe(self.inner(x))
+def build_model():
+    torch.manual_seed(0)
+    return Net().eval()
+def batch(seed, rows=64):
+    return (torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)),)
+def example_inputs():
+    return batch(1, 40)
+def calibration_data():
+    return (batch(seed) for seed in range(2, 8))
+def evaluate(model):
+    wanted = build_model()(*batch(99))
+    return {"error": 1.0 + (model(*batch(99)) - wanted).norm().item() / wanted.norm().item()}
+"""
+
+
+def call(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return stopped.value.code or 0, output.out, output.err
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(MODEL)
+    return tmp_path
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir() if not file.name.startswith("__pycache__"))
+
+
+def test_the_job_writes_everything_and_says_where(net, capsys):
+    code, out, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "8", "--heal", "4", "--export", "onnx")
+    assert code == 0, err
+    assert names(net) == ["net.py", "out"]
+    wanted = {
+        "latentize.json",
+        "model.safetensors",
+        "README.md",
+        "net.py",
+        "model.onnx",
+        "original.onnx",
+        "report.json",
+        "report.html",
+    }
+    assert wanted <= set(names(net / "out"))
+    for words in ("Blocks found", "Plan", "16 → 8", "4 → 8", "2 → 4", "Error per block", "Evaluation", "Latency",
+                  "ONNX against PyTorch", "Files in out"):  # fmt: skip
+        assert words in out, words
+    assert "heal" in err
+    assert "peak" in err
+
+    made = report.read(net / "out")
+    block = made.blocks[0]
+    assert (block.name, block.status, block.plan.latent_dim) == ("moe", "moe", 8)
+    assert block.evidence
+    assert block.errors.initialised > 0
+    assert block.errors.healed_end_to_end > 0
+    assert block.load_before.tokens == block.load_after.tokens == 6 * 64
+    assert sum(block.load_after.counts) == 4 * block.load_after.tokens
+    assert made.evaluation.metric == "error"
+    assert made.evaluation.original["error"] == 1.0
+    assert made.evaluation.rewritten["error"] <= made.evaluation.initialised["error"] * 1.01
+    assert {(row.backend, row.tokens) for row in made.latency} == {
+        (b, t) for b in ("torch", "onnxruntime") for t in (1, 16, 256)
+    }
+    assert all(row.passed for row in made.onnx)
+    assert {(row.model, row.tokens) for row in made.onnx} == {
+        (m, t) for m in ("original", "rewritten") for t in (1, 16, 256)
+    }
+    assert {"load", "inspect", "statistics", "plan", "initialise", "heal", "save", "export", "compare"} <= {
+        s.name for s in made.stages
+    }
+    assert all(step.peak_memory_bytes > 0 for step in made.stages)
+
+    source = open_model("net.py")
+    loaded = latentize.load("out")
+    x = torch.randn(5, 16)
+    assert loaded(x).shape == (5, 16)
+    assert not torch.equal(loaded(x), source.model(x))
+
+    code, out, _ = call(capsys, "compare", "out", "-q")
+    assert (code, out) == (0, "")
+    code, out, _ = call(capsys, "bench", "out")
+    assert code == 0
+    assert "onnxruntime" in out
+    (net / "out" / "model.onnx").unlink()
+    code, _, err = call(capsys, "build", "out")
+    assert code == 2
+    assert "latentize[tensorrt]" in err or "convert with --export onnx" in err
+    code, out, _ = call(capsys, "inspect", "out", "--json")
+    assert code == 0
+    assert [block["status"] for block in json.loads(out)] == ["latent"]
+    code, _, err = call(capsys, "out", "-o", "again")
+    assert code == 3
+    assert "latent already" in err
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(net, capsys):
+    code, out, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "8", "--dry-run", "--max-loss", "0.1")
+    assert code == 0, err
+    assert "16 → 8" in out
+    assert "would write out" in out
+    assert names(net) == ["net.py"]
+
+
+def test_a_dry_run_finds_what_would_fail_at_the_end(net, capsys):
+    (net / "out").mkdir()
+    (net / "out" / "mine.txt").write_text("")
+    assert call(capsys, "net.py", "-o", "out", "--dry-run")[0] == 2
+    code, _, err = call(capsys, "net.py", "-o", "new", "--dry-run", "--latent-dim", "17")
+    assert code == 2
+    assert "moe: latent size 17" in err
+
+
+def test_a_failed_gate_is_exit_code_4_after_the_report(net, capsys):
+    code, out, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "2", "--heal", "0", "--max-loss", "0.0001")
+    assert code == 4
+    assert "relative rise of error" in err
+    assert "FAILED" in out
+    made = report.read(net / "out")
+    assert [gate.passed for gate in made.gates] == [False]
+    assert made.evaluation.rise > 0.0001
+
+
+def test_patterns_that_select_nothing_are_the_users_mistake(net, capsys):
+    (net / "r.yaml").write_text("include: [layers.*]\n")
+    code, _, err = call(capsys, "net.py", "--recipe", "r.yaml")
+    assert code == 2
+    assert "selects none of the 1 blocks: moe" in err
+
+
+ARGUMENTS = ("net.py", "-o", "out", "--latent-dim", "8", "--heal", "4")
+
+
+@pytest.mark.parametrize("where", ["heal_student", pytest.param("finish", marks=pytest.mark.slow)])
+def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(net, capsys, monkeypatch, where):
+    assert call(capsys, *ARGUMENTS)[0] == 0
+    wanted = latentize.load("out").state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(api, where, _interrupt)
+        code, _, err = call(capsys, *ARGUMENTS)
+    assert code == 130
+    assert "--resume" in err
+    assert ".out.work" in names(net)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("latentize.conversion.measure", pytest.fail)
+        patch.setattr("latentize.conversion.start", pytest.fail)
+        code, _, err = call(capsys, *ARGUMENTS, "--resume")
+    assert code == 0, err
+    assert names(net) == ["net.py", "out"]
+    found = latentize.load("out").state_dict()
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def test_an_interrupted_run_of_another_recipe_is_refused_by_name(net, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "heal_student", _interrupt)
+        assert call(capsys, *ARGUMENTS)[0] == 130
+    code, _, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "4", "--heal", "4", "--resume")
+    assert code == 2
+    assert "recipe.latent_dim differs" in err
+
+
+@pytest.mark.slow
+def test_a_disagreeing_graph_is_a_failed_gate(net, capsys, monkeypatch):
+    from latentize.exporters import onnx_check
+
+    def disagree(*_args, **_options):
+        raise GateError("model.onnx: onnxruntime returns other shapes")
+
+    monkeypatch.setattr(onnx_check, "check_onnx", disagree)
+    code, out, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "8", "--heal", "0", "--export", "onnx")
+    assert code == 4
+    assert "ONNX against PyTorch, rewritten, T = 1 is inf" in err
+    assert "returns other shapes" in out
+
+
+def test_a_full_disk_is_exit_code_5_and_leaves_no_half_of_anything(net, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("latentize.tensors.save_file", full)
+    code, _, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "8", "--heal", "0")
+    assert code == 5
+    assert "disk is full" in err
+    assert not (net / "out").exists()
+    assert [name for name in names(net) if "partial" in name] == []
+
+
+def test_fresh_values_keep_shapes_positions_and_masks():
+    args = (
+        torch.randint(3, 50, (2, 8)),
+        torch.arange(8).expand(2, 8),
+        torch.ones(2, 8, dtype=torch.int64),
+        torch.randn(2, 8, 4),
+    )
+    source = Source("module", None, torch.nn.Identity(), args)
+    drawn = redraw(Inputs(args), source, 1).args
+    assert [t.shape for t in drawn] == [t.shape for t in args]
+    assert not torch.equal(drawn[0], args[0])
+    assert set(drawn[0].flatten().tolist()) <= set(args[0].flatten().tolist())
+    assert torch.equal(drawn[1], args[1])
+    assert torch.equal(drawn[2], args[2])
+    assert not torch.equal(drawn[3], args[3])
+
+
+def _interrupt(*_arguments, **_options):
+    raise KeyboardInterrupt
