@@ -1,7 +1,7 @@
 """The second stage of healing: the whole student learns the teacher's output, and what the teacher's blocks see.
 
 The second part gives the earlier blocks a gradient that has not passed through all the later ones; in few steps it
-brings the output closer than the output's own distance does alone.
+brings the output closer than the output's own distance does alone. Its weight falls to zero: what counts is the output.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]] | No
     distance = wrong / whole.clamp_min(1e-30)
     loss = distance
     if job.plan.match_inputs:
-        loss = loss + job.plan.match_inputs * mismatch(student_inputs.seen, teacher_inputs.seen)
+        weight = job.plan.match_inputs * cosine(state.model_steps, job.plan.model_steps, 0.0)
+        loss = loss + weight * mismatch(student_inputs.seen, teacher_inputs.seen)
     for name, block in job.student_blocks.items():
         for routing in routings[name]:
             push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)

@@ -17,7 +17,8 @@ class HealPlan:
     `held_out_limit`) is never trained on; it is measured `evaluations` times and decides which weights are kept. After
     `patience` measurements in a row without gain the rate falls, and then the stage ends early. An expert below
     `min_load` of the mean load is pushed above it. End to end, the relative squared error of what reaches each block is
-    added to the loss with the weight `match_inputs`. `activation_bytes` bounds the teacher activations kept at once.
+    added to the loss with the weight `match_inputs`, which falls to zero over the steps. `activation_bytes` bounds the
+    teacher activations kept at once.
     """
 
     block_steps: int = 200
@@ -31,7 +32,7 @@ class HealPlan:
     evaluations: int = 10
     patience: int = 4
     min_load: float = 0.1
-    match_inputs: float = 2.0
+    match_inputs: float = 4.0
     activation_bytes: int = 256 * 2**20
     save_seconds: float = 30.0
 
