@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from latentize.passes.dead_code import eliminate_dead_code
 from latentize.passes.double import widen
 
 #: Calls that check something and compute nothing; they keep dead code alive.
@@ -139,7 +140,7 @@ def clean(graph: fx.GraphModule) -> None:
         name = getattr(node.target, "__name__", str(node.target))
         if node.op in {"call_function", "call_module"} and not node.users and any(c in name for c in _CHECKS):
             graph.graph.erase_node(node)
-    graph.graph.eliminate_dead_code()
+    eliminate_dead_code(graph.graph)
     graph.graph.lint()
     graph.recompile()
     used = {str(n.target) for n in graph.graph.nodes if n.op in {"get_attr", "call_module"}}
