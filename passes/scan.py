@@ -45,7 +45,14 @@ class _Watcher(TorchDispatchMode):
         name = func.overloadpacket.__name__.rstrip("_")
         if name in SELECTIONS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             self.chains[tuple(reversed(self.open))] = None
+        if name == "_local_scalar_dense" and args[0].is_meta:
+            return _assumed(args[0].dtype)
         return func(*args, **(kwargs or {}))
+
+
+def _assumed(dtype: torch.dtype) -> bool | int | float:
+    """What a condition on a value that is not there is taken to be: that it holds."""
+    return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
 def scan(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Scan:
