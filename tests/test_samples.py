@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,3 +109,15 @@ def test_plain_model_trains_itself_where_its_weights_are_absent(
 
 def test_plain_model_runs_as_a_script(tmp_path: Path) -> None:
     assert run(str(SAMPLES / "plain_moe.py"), cwd=tmp_path) == "unexplained variance 0.0359\n"
+
+
+@pytest.mark.slow
+def test_pass_pipeline_converts_the_graph_and_leaves_nothing_of_the_old_experts(tmp_path: Path) -> None:
+    """The replaced loops over experts are written in place: they must be gone, not merely unread."""
+    printed = run(str(SAMPLES / "pass_pipeline.py"), cwd=tmp_path)
+    assert "modified: True" in printed
+    assert printed.count(": moe softmax → top-2") == 2
+    before, after = (int(n) for n in re.search(r"graph: (\d+) -> (\d+) nodes", printed).groups())
+    assert after < before / 4
+    old, new = (float(v) for v in re.search(r"unexplained variance: (\S+) -> (\S+)", printed).groups())
+    assert old < new < 0.06
