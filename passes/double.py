@@ -50,9 +50,20 @@ def evaluating(module: nn.Module) -> nn.Module:
 
 def kernel(func: Any, args: tuple[Any, ...]) -> Any:
     """The fp64 implementation to call instead of `func` on these arguments; `func` itself where it has one."""
-    if func is torch.ops.aten._grouped_mm.default and args[0].dtype == torch.float64:
-        return grouped_mm
-    return func
+    if func is not torch.ops.aten._grouped_mm.default:
+        return func
+    if args[0].is_meta:
+        return grouped_mm_shape
+    return grouped_mm if args[0].dtype == torch.float64 else func
+
+
+def grouped_mm_shape(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """What `aten._grouped_mm` returns on the meta device, for dtypes that its own shape function refuses."""
+    if a.dim() == 2 and b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    if a.dim() == 2 and offs is not None:
+        return a.new_empty(offs.shape[0], a.shape[0], b.shape[1])
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
 
 
 def grouped_mm(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentize.passes.double import evaluating
+from latentize.passes.double import evaluating, kernel
 from latentize.passes.graph import SELECTIONS
 
 
@@ -47,7 +47,7 @@ class _Watcher(TorchDispatchMode):
             self.chains[tuple(reversed(self.open))] = None
         if name == "_local_scalar_dense" and args[0].is_meta:
             return _assumed(args[0].dtype)
-        return func(*args, **(kwargs or {}))
+        return kernel(func, args)(*args, **(kwargs or {}))
 
 
 def _assumed(dtype: torch.dtype) -> bool | int | float:
