@@ -23,8 +23,6 @@ from latentize.taps import BlockCall, tapped
 
 #: At most so many held-out tokens a block are measured on.
 _HELD_OUT_TOKENS = 8192
-#: Batches from which the metric of the errors is estimated.
-_METRIC_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ def heal_blocks(job: Job, state: State) -> None:
     plan = job.plan
     if not plan.block_steps:
         return
-    metrics = output_metrics(job.teacher, job.teacher_blocks, job.train[:_METRIC_BATCHES], job.loss, job.seed)
+    metrics = output_metrics(job.teacher, job.teacher_blocks, job.train, job.seed)
     held_out, _ = collect(job, job.held_out, lambda tokens: tokens >= _HELD_OUT_TOKENS)
     if not state.block_best:
         state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out, metrics)

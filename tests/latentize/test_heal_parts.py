@@ -13,6 +13,7 @@ from latentize.distill import OutputLoss
 from latentize.heal_job import cosine, is_evaluation, split_batches
 from latentize.heal_load import RoutingTap, pressure, starved_experts
 from latentize.heal_plan import HealPlan
+from latentize.heal_sensitivity import PLAIN, output_metrics
 from latentize.moe import LatentMoE
 from latentize.routing import route
 from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
@@ -142,3 +143,29 @@ def test_batches_are_held_out_evenly_and_never_trained_on():
     assert len(train) == 95
     assert not notes
     assert len(split_batches(data[:2], HealPlan())[1]) == 1
+
+
+class TwoSteps(nn.Module):
+    """An output that minds only the first of the block's directions."""
+
+    def __init__(self, block: LatentMoE) -> None:
+        super().__init__()
+        self.block = block
+        self.register_buffer("reads", torch.tensor([[3.0, 0.0, 0.0, 0.0, 0.0, 0.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x) @ self.reads.T
+
+
+def test_the_metric_weighs_directions_as_the_output_minds_them():
+    block = LatentMoE(MoESpec(router(), ExpertsSpec(torch.randn(4, 3, 6), torch.randn(4, 6, 3))))
+    root = output_metrics(TwoSteps(block), {"b": block}, [(torch.randn(20, 6),)], seed=0)["b"].double()
+    expected = torch.full((6,), PLAIN, dtype=torch.float64)
+    expected[0] += (1 - PLAIN) * 6
+    torch.testing.assert_close(root @ root.T, expected.diag(), rtol=1e-5, atol=1e-6)  # the root is kept in fp32
+
+
+def test_a_block_that_no_gradient_reaches_is_measured_plainly():
+    block = LatentMoE(MoESpec(router(), ExpertsSpec(torch.randn(4, 3, 6), torch.randn(4, 6, 3))))
+    root = output_metrics(nn.Linear(6, 6), {"b": block}, [(torch.randn(20, 6),)], seed=0)["b"]
+    assert torch.equal(root, torch.eye(6))
