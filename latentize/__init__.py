@@ -9,6 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentize.api import Result as Result
+    from latentize.api import convert as convert
+    from latentize.api import inspect as inspect
+    from latentize.artefact import load as load
     from latentize.blocks import Block as Block
     from latentize.errors import LatentizeError as LatentizeError
     from latentize.recipe import Recipe as Recipe
