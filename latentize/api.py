@@ -121,7 +121,9 @@ def convert(
         batches = conversion.batches_of(calibration, model)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         student = conversion.rewrite(model, survey.selected, conversion.start(prepared, recipe))
-        initialised = conversion.measure_errors(prepared.teacher, student, batches or [kwargs or args])
+        initialised = conversion.measure_errors(
+            prepared.teacher, student, batches or [conversion.example_batch(model, args, kwargs)]
+        )
         healing = heal_student(student, prepared.teacher, batches, recipe)
         return finish(model, survey, prepared, student, initialised, healing, recipe, origin, inplace=inplace)
 

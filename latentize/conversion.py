@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -146,6 +147,13 @@ def batches_of(calibration: Iterable[Batch] | None, model: nn.Module) -> Sequenc
             if tried.is_new(args, kwargs):
                 check_runs(model, args, kwargs, what)
     return batches
+
+
+def example_batch(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+    """The example inputs as one batch; where there are both kinds of arguments, the positional ones get their names."""
+    if not args or not kwargs:
+        return dict(kwargs) if kwargs else args
+    return {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
 
 
 class _Tried:

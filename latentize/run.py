@@ -65,7 +65,7 @@ class Job:
     @property
     def example(self) -> list[Batch]:
         """The example inputs as one batch."""
-        return [self.source.kwargs or self.source.args]
+        return [conversion.example_batch(self.source.model, self.source.args, self.source.kwargs)]
 
     @property
     def compared(self) -> Sequence[Batch]:

@@ -11,7 +11,7 @@ from torch import nn
 from latentize import artefact, terminal
 from latentize.bench import TOKENS, Latency, bench_models, bench_onnx
 from latentize.compare import Gate, evaluate_pair, output_agreement, require
-from latentize.conversion import batches_of
+from latentize.conversion import batches_of, example_batch
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.progress import Steps
@@ -147,5 +147,5 @@ def _rounds(model: nn.Module, source: Source) -> int:
 
 def _batches(source: Source) -> list[Batch]:
     if source.calibration is None:
-        return [source.kwargs or source.args]
+        return [example_batch(source.model, source.args, source.kwargs)]
     return list(batches_of(source.calibration(), source.model))[-_BATCHES:]

@@ -175,6 +175,27 @@ def test_without_calibration_the_weights_decide_and_that_is_said():
     assert any("nothing was healed" in line for line in result.warnings)
 
 
+def test_positional_and_keyword_inputs_may_be_mixed():
+    class Scaled(Net):
+        def forward(self, x, *, scale):
+            return super().forward(x * scale)
+
+    torch.manual_seed(0)
+    model = Scaled(1).eval()
+    result = latentize.convert(model, args=(example(),), kwargs={"scale": 0.5}, recipe=latentize.Recipe(latent_dim=8))
+    assert result.errors["blocks.0"].initialised > 0
+    assert result.model(example(3), scale=2.0).shape == (3, 3)
+
+
+def test_a_block_on_the_meta_device_is_not_converted():
+    model = net(1).to("meta")
+    blocks = latentize.inspect(model, args=(example().to("meta"),))
+    assert all(block.max_error is None for block in blocks)
+    if any(block.status == "moe" for block in blocks):
+        with pytest.raises(LatentizeError, match="meta device"):
+            latentize.convert(model, args=(example().to("meta"),))
+
+
 def test_inplace_replaces_the_blocks_in_the_model_itself():
     model = net(1)
     result = latentize.convert(model, args=(example(),), recipe=latentize.Recipe(latent_dim=8), inplace=True)
