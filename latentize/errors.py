@@ -31,4 +31,6 @@ class MissingExtraError(LatentizeError):
     """A package that an optional feature needs is not installed."""
 
     def __init__(self, package: str, extra: str, feature: str) -> None:
-        super().__init__(f"{feature} needs the package {package!r}, which is not installed: pip install 'latentize[{extra}]'")
+        super().__init__(
+            f"{feature} needs the package {package!r}, which is not installed: pip install 'latentize[{extra}]'"
+        )

@@ -19,10 +19,11 @@ _VARIANTS = {"acc": (True, True), "eff": (True, False), "fixed": (False, False)}
 class Recipe(BaseModel):
     """How to convert a model.
 
-    `compression` α or `latent_dim` ℓ sets the width. `variant` says what the saving buys: "acc" αN experts and αk active,
-    "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it. `init` "activation"
-    uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal. `include` and `exclude`
-    are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps the original's.
+    `compression` α or `latent_dim` ℓ sets the width. `variant` says what the saving buys: "acc" αN experts and αk
+    active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
+    `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
+    `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
+    the original's.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -88,7 +89,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise LatentizeError(f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+        message = f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file"
+        raise LatentizeError(message) from None
     except yaml.YAMLError as error:
         raise LatentizeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:

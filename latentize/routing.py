@@ -1,4 +1,4 @@
-"""The routing function: logits -> selected experts and their weights. One definition for reference, module and verifier."""
+"""The routing function: logits -> selected experts and weights. One definition for reference, module and verifier."""
 
 from __future__ import annotations
 
@@ -72,6 +72,7 @@ def normalize(weights: Tensor, router: RouterSpec) -> Tensor:
     if router.normalize == "none":
         return weights
     if router.normalize == "norm":
-        return weights / weights.norm(p=router.p, dim=-1, keepdim=True)
+        size: Tensor = torch.linalg.vector_norm(weights, router.p, dim=-1, keepdim=True)
+        return weights / size
     total = weights.sum(-1, keepdim=True)
     return weights / (total + router.eps if router.normalize == "sum" else total.clamp_min(router.eps))

@@ -37,8 +37,9 @@ class RouterSpec:
     logits = hidden @ weight.T + bias, then softcap * tanh(logits / softcap).
     `order` "score_first": scores = score(logits) over all experts, top-k of scores (+ `selection_bias`).
     `order` "topk_first": top-k of the logits (+ `selection_bias`), scores = score(selected logits).
-    The selected scores are divided as `normalize` says (sum + eps | max(sum, eps) | p-norm | not at all), then multiplied
-    by `scale` and by the selected experts' `per_expert_scale`. Rows past the real experts belong to identity experts.
+    The selected scores are divided as `normalize` says (sum + eps | max(sum, eps) | p-norm | not at all), then
+    multiplied by `scale` and by the selected experts' `per_expert_scale`. Rows past the real experts belong to
+    identity experts.
     """
 
     weight: Tensor  # [N, d]
@@ -87,8 +88,9 @@ class LatentSpec:
 class MoESpec:
     """One MoE block's routed path. Shared experts, residuals and norms are not part of it.
 
-    With `latent` None the experts work at the hidden size d; otherwise at the latent size l, and the experts' tensors
-    have l where `ExpertsSpec` says d. The routed output is multiplied by `output_scale` and gets `output_bias` [d] added.
+    With `latent` None the experts work at the hidden size d; otherwise at the latent size l, and the experts'
+    tensors have l where `ExpertsSpec` says d. The routed output is multiplied by `output_scale` and gets
+    `output_bias` [d] added.
     """
 
     router: RouterSpec
@@ -129,7 +131,8 @@ class MoESpec:
 
     def map_tensors(self, function: Callable[[Tensor], Tensor]) -> MoESpec:
         """The same spec with `function` applied to every tensor."""
-        return _map_tensors(self, function)
+        mapped: MoESpec = _map_tensors(self, function)
+        return mapped
 
     def to(self, dtype: torch.dtype) -> MoESpec:
         """The same spec with every tensor in `dtype`."""

@@ -158,17 +158,18 @@ def _places(
 ) -> Iterator[tuple[Site, fx.GraphModule | None]]:
     """Where a lift may be put back, least intrusive first; why a way is closed goes to `reasons`."""
     state = dict(named_state(item.randomised))
-    parts = parts_site("", item.binding, state)
+    is_graph = isinstance(module, fx.GraphModule) and not path  # it stays one
+    parts = None if is_graph else parts_site("", item.binding, state)
     if parts is not None:
         try:
             yield finish_prefix(parts, item.randomised, item.binding), None
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
-    whole = whole_site("", item.binding, state)
+    whole = None if is_graph else whole_site("", item.binding, state)
     if whole is not None:
         yield whole, None
     try:
-        template = None if isinstance(module, fx.GraphModule) and not path else capture_at(module, item.inputs)
+        template = None if is_graph else capture_at(module, item.inputs)
     except CaptureError as error:
         reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
         return

@@ -11,6 +11,9 @@ from torch.utils import _pytree as pytree
 
 from latentize.passes.scan import ModuleCall
 
+#: Tokens of the example inputs that are used.
+ENOUGH = 128
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -47,8 +50,12 @@ class Prober:
         return None
 
     def seen(self) -> Inputs:
-        """The call as it was seen."""
-        return Inputs("example inputs", self.call.args, self.call.kwargs)
+        """The call as it was seen; of long hidden states the first tokens."""
+        hidden = self.hidden
+        if hidden is None or hidden.dim() > 3 or hidden.numel() <= ENOUGH * hidden.shape[-1]:
+            return Inputs("example inputs", self.call.args, self.call.kwargs)
+        few = hidden[:2, : ENOUGH // 2] if hidden.dim() == 3 else hidden[:ENOUGH]
+        return self.with_hidden("example inputs", few)
 
     def with_hidden(self, name: str, hidden: Tensor) -> Inputs:
         """The call with its hidden states replaced."""

@@ -232,7 +232,7 @@ def test_more_experts_and_no_more_active_ones_start_near_the_original_with_no_ex
     spec = make_spec(score=score, order=order, **routing)
     expanded = expand(spec, a, b)
     assert (expanded.num_experts, expanded.top_k) == (a * N, b * K)
-    # Logits move by a thousandth: weights with them, and one or two of the 400 tokens select another expert as their last.
+    # Logits move by a thousandth: weights with them, and one or two of the 400 tokens select another last expert.
     assert change(spec, expanded) < 4e-2
     load = torch.bincount(router_forward(expanded, random(T, D, seed=20)).indices.flatten(), minlength=a * N).double()
     parents = torch.bincount(router_forward(spec, random(T, D, seed=20)).indices.flatten(), minlength=N).double()
