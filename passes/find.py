@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,21 +12,27 @@ import torch
 from torch import fx, nn
 
 from latentize.blocks import Block
+from latentize.moe import LatentMoE
 from latentize.passes import graph
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
-from latentize.passes.probes import Prober
+from latentize.passes.probes import Inputs, Prober
+from latentize.passes.rewrite import replace_at
 from latentize.passes.scan import Scan, scan, untouched
 from latentize.passes.sites import GraphSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError
 from latentize.passes.trial import Trial, lift_module, named_state
-from latentize.passes.verify import Candidate, verify
+from latentize.passes.verify import Candidate, difference, run_double, verify
 from latentize.spec import MoESpec
 
 _log = logging.getLogger(__name__)
 
+#: Relative error of a whole model's outputs; rounding and ties may have grown through its layers.
+TOGETHER = 2e-2
+#: Parameters of a model that is analysed on one thread.
+SMALL = 50_000_000
 #: Levels above the module that selects in which the experts are looked for.
 CLIMB = 4
 
@@ -57,11 +64,39 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[str, int]] = set()
-    with untouched(model):
+    with untouched(model), _threads(model):
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
                 found.setdefault(item.block.name, []).append(item)
-    return [item for items in found.values() for item in _best(items)]
+        kept = [item for items in found.values() for item in _best(items)]
+        return _hold_together(model, Inputs("", args, dict(kwargs)), kept)
+
+
+def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list[Found]:
+    """The blocks, refused if the whole model computes something else once all of them are in canonical form."""
+    moes = {i.block.name: i for i in found if i.block.status == "moe"}
+    if not moes:
+        return found
+    blocks = {name: LatentMoE(spec) for name, i in moes.items() if (spec := i.block.spec) is not None}
+    places = {name: i.site for name, i in moes.items() if i.site is not None}
+    templates = {name: i.template for name, i in moes.items() if i.template is not None}
+    error = difference(model, replace_at(model, places, blocks, templates=templates), inputs)
+    if error <= TOGETHER:
+        return found
+    reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
+    return [Found(_refused(i.block.name, reason)) if i.block.status == "moe" else i for i in found]
+
+
+@contextlib.contextmanager
+def _threads(model: nn.Module) -> Iterator[None]:
+    """One thread for small models: their products are shorter than the wait for a second one."""
+    before = torch.get_num_threads()
+    if sum(p.numel() for p in model.parameters()) < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _best(items: list[Found]) -> list[Found]:
@@ -136,6 +171,8 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         bound = spec(module)
         projected = replace(bound, latent=None)
         return Found(Block(name, "latent", "it has latent projections already", projected))
+    if binding.separate_router_input and not _is_tokenwise(item, prober):
+        return Found(_refused(name, "its router reads other tokens than the one it routes"))
     reasons: list[str] = []
     for site, template in _places(module, path, item, reasons):
         candidate = Candidate(module, site, spec, _share(binding), _outputs(binding), template)
@@ -151,6 +188,16 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
             return Found(Block(name, "moe", "", spec(module), worst, probes), _at(site, path), template)
         reasons.append(reason)
     return Found(_refused(name, reasons[-1] if reasons else "what lies around the routed path could not be rewritten"))
+
+
+def _is_tokenwise(item: Trial, prober: Prober) -> bool:
+    """Whether a module gives the same outputs when its tokens are reversed; true when that cannot be tried."""
+    inputs = prober.random("order", 2, 9, seed=77)
+    if inputs is None or prober.hidden is None or prober.hidden.dim() > 3:
+        return True
+    ahead, back = (run_double(item.randomised, i) for i in (inputs, prober.reversed(inputs)))
+    pairs = [(a, b.flip(tuple(range(b.dim() - 1)))) for a, b in zip(ahead, back, strict=True) if a.dim() > 1]
+    return all(float((a - b).norm()) <= 1e-5 * float(a.norm()) for a, b in pairs if a.is_floating_point())
 
 
 def _places(

@@ -68,14 +68,14 @@ def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
         if experts is None:
             best = max(best, (1, reason), key=lambda b: b[0])
             continue
-        router, reason = fit_router(region, indices, experts.coefficients, "output")
+        router, reason = fit_router(region, indices, experts.coefficients, "output", experts.num_experts)
         if router is not None:
             return Binding(region, router, experts, _is_latent(region)), 3, ""
         best = (2, reason)
     if best[0] >= 2:
         return None, *best
     for indices, experts in _weighted_inputs(region):
-        router, reason = fit_router(region, indices, experts.coefficients, "input")
+        router, reason = fit_router(region, indices, experts.coefficients, "input", experts.num_experts)
         if router is not None:
             return Binding(region, router, experts, _is_latent(region)), 3, ""
         best = (2, reason)
@@ -84,7 +84,7 @@ def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
     found = _from_all_experts(region)
     if found is not None:
         indices, experts = found
-        router, reason = fit_router(region, indices, experts.coefficients, "output")
+        router, reason = fit_router(region, indices, experts.coefficients, "output", experts.num_experts)
         if router is not None:
             return Binding(region, router, experts, _is_latent(region)), 3, ""
         best = (2, reason)

@@ -284,12 +284,26 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
         basis = outputs.mT.double()
         target = sample.output.double().unsqueeze(-1)
         size = basis.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-        solution = torch.linalg.lstsq(basis / size, target, driver="gelsd").solution
+        solution = _least_squares(basis / size, target)
         difference = ((basis / size) @ solution - target).squeeze(-1)
         coefficients = (solution / size.mT).squeeze(-1)
     scale = sample.output.double().norm(dim=-1)
     error = difference.double().norm(dim=-1) / scale.clamp_min(1e-12 * float(scale.max()) + 1e-300)
     return float(error.max().detach()), coefficients
+
+
+def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
+    """Coefficients [T, k, 1] of target [T, h, 1] in the unit columns of basis [T, h, k].
+
+    Normal equations, refined twice against the residual: a few small systems, for which LAPACK's own solvers spend
+    their time on threads. A trace of ridge keeps columns that coincide from breaking the factorisation.
+    """
+    gram = basis.mT @ basis
+    factor, _ = torch.linalg.cholesky_ex(gram + 1e-13 * torch.eye(gram.shape[-1], dtype=gram.dtype))
+    solution = torch.zeros_like(basis.mT @ target)
+    for _ in range(3):
+        solution = solution + torch.cholesky_solve(basis.mT @ (target - basis @ solution), factor)
+    return solution
 
 
 def _activations(region: Region, *, gated: bool) -> Iterator[Activation]:

@@ -43,7 +43,7 @@ class _Target:
 
 @torch.no_grad()
 def fit_router(
-    region: Region, indices: Tensor, weights: Tensor, applies_to: Literal["output", "input"]
+    region: Region, indices: Tensor, weights: Tensor, applies_to: Literal["output", "input"], experts: int
 ) -> tuple[RouterFit | None, str]:
     """The routing rule behind the weights, or the reason why none fits.
 
@@ -52,9 +52,12 @@ def fit_router(
         indices: [T, k] selected experts.
         weights: [T, k] weights the routed output needs.
         applies_to: "output" or "input".
+        experts: real experts; logits past them belong to identity experts.
     """
     logits = region.head.logit_rows().double()
     count = logits.shape[1]
+    if experts > count:
+        return None, f"it has {experts} experts for {count} logits"
     if not 1 <= indices.shape[1] < count:
         return None, f"it selects {indices.shape[1]} of {count} experts: nothing is routed"
     selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from latentize.passes.scan import ModuleCall
 
 #: Tokens of the example inputs that are used.
 ENOUGH = 128
+#: Tokens that are sent to one expert, past any capacity worth the name.
+MANY = 400
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,16 @@ class Inputs:
 
 def _copied(item: Any, dtype: torch.dtype) -> Any:
     if not isinstance(item, Tensor):
-        return item
+        return item if isinstance(item, (bool, int, float, str, type(None))) else _own(item)
     return item.detach().to(dtype).clone() if item.is_floating_point() else item.detach().clone()
+
+
+def _own(item: Any) -> Any:
+    """A copy of an argument that a call may write to, a cache for example."""
+    try:
+        return copy.deepcopy(item)
+    except Exception:  # what cannot be copied is shared
+        return item
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,15 @@ class Prober:
             return Inputs("example inputs", self.call.args, self.call.kwargs)
         few = hidden[:2, : ENOUGH // 2] if hidden.dim() == 3 else hidden[:ENOUGH]
         return self.with_hidden("example inputs", few)
+
+    def reversed(self, inputs: Inputs) -> Inputs:
+        """The same tokens in reverse order, for a module whose only tensor is its hidden states."""
+
+        def turn(item: Any) -> Any:
+            return item.flip(tuple(range(item.dim() - 1))) if isinstance(item, Tensor) else item
+
+        args, kwargs = pytree.tree_map(turn, (inputs.args, inputs.kwargs))
+        return Inputs(f"{inputs.name}, reversed", args, kwargs)
 
     def with_hidden(self, name: str, hidden: Tensor) -> Inputs:
         """The call with its hidden states replaced."""
@@ -107,8 +127,8 @@ class Prober:
         alike = self.random("one token", 1, 1, seed + 1)
         if alike is not None and like.dim() <= 3:
             (tensor,) = [a for a in pytree.tree_leaves((alike.args, alike.kwargs)) if isinstance(a, Tensor)]
-            repeat = [24 if axis == tensor.dim() - 2 else 1 for axis in range(tensor.dim())]
-            found.append(self.with_hidden("24 equal tokens, most experts idle", tensor.repeat(repeat)))
+            repeat = [MANY if axis == tensor.dim() - 2 else 1 for axis in range(tensor.dim())]
+            found.append(self.with_hidden(f"{MANY} equal tokens, most experts idle", tensor.repeat(repeat)))
         return found
 
 

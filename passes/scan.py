@@ -97,10 +97,16 @@ def _cloned(tree: Any) -> Any:
     return pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, tree)
 
 
+#: Attributes of modules that a run may count in.
+_PLAIN = (bool, int, float, str, type(None))
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; training modes, buffers and the random state are put back on leaving."""
+    """Eval mode inside; training modes, buffers, plain attributes and random states are put back on leaving."""
     modes = {m: m.training for m in model.modules()}
+    plain = {m: {k: v for k, v in vars(m).items() if isinstance(v, _PLAIN)} for m in modes}
+    generators = [(v, v.get_state()) for m in modes for v in vars(m).values() if isinstance(v, torch.Generator)]
     buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b is not None and not b.is_meta}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
@@ -108,6 +114,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
+            for module, values in plain.items():
+                module.__dict__.update(values)
+            for generator, state in generators:
+                generator.set_state(state)
             for module, mode in modes.items():
                 module.training = mode
             with torch.no_grad():

@@ -103,6 +103,11 @@ def _compare(
             elif factor == 1 and position not in candidate.outputs and not _agrees(a, b, dtype):
                 return probes, f"output {position} differs after rewriting ({label}{probe.name})"
         probes.append(Probe(label + probe.name, tokens, error, own_error, tied))
+        if own_error > _most(dtype):
+            return (
+                probes,
+                f"its own dtype makes it compute something else: {own_error:.1e} from fp64 on {label}{probe.name}",
+            )
         allowed = max(SLACK * own_error, _floor(dtype))
         if not error <= allowed:
             return probes, (
@@ -110,6 +115,24 @@ def _compare(
                 f"where rounding allows {allowed:.1e}"
             )
     return probes, ""
+
+
+def difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    """Largest relative difference of two models' floating outputs on the same inputs; half dtypes may round."""
+    dtype = next((p.dtype for p in one.parameters() if p.is_floating_point()), torch.float32)
+    pairs = list(zip(_run(one, inputs, dtype), _run(other, inputs, dtype), strict=True))
+    errors = [_relative(b, a, None, 1.0)[0] for a, b in pairs if a.is_floating_point()]
+    return max(errors, default=0.0) / (1.0 if dtype in (torch.float32, torch.float64) else 10.0)
+
+
+def run_double(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Output tensors of a module in fp64."""
+    return _run(module, inputs, torch.float64)
+
+
+def _most(dtype: torch.dtype) -> float:
+    """Largest rounding error that the original may have against fp64 and still be called the same function."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 0.2
 
 
 def _floor(dtype: torch.dtype) -> float:
