@@ -14,7 +14,10 @@ from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 
 def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
-    return None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=tensor.is_floating_point())
+    if tensor is None:
+        return None
+    tensor = tensor.clone() if tensor.is_inference() else tensor.detach()  # inference tensors cannot be trained
+    return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
 
 
 class Router(nn.Module):
