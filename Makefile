@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint type gpu-check clean
+.PHONY: demo test test-slow lint type clean
 demo: $(STAMP)  ## install, then convert the trained sample
 	$(BIN)/latentize samples/stdlib_lm.py -o out --export onnx
 
@@ -19,9 +19,6 @@ lint: $(STAMP)
 
 type: $(STAMP)
 	$(BIN)/mypy
-
-gpu-check: $(STAMP)  ## what needs a CUDA GPU; says so where there is none
-	$(BIN)/python benchmarks/gpu_check.py
 
 # torch first and alone: pinned, so that what follows cannot bring another build of it.
 $(STAMP): pyproject.toml constraints.txt

@@ -121,8 +121,18 @@ def difference(one: nn.Module, other: nn.Module, inputs: Inputs) -> float:
     """Largest relative difference of two models' floating outputs on the same inputs; half dtypes may round."""
     dtype = next((p.dtype for p in one.parameters() if p.is_floating_point()), torch.float32)
     pairs = list(zip(_run(one, inputs, dtype), _run(other, inputs, dtype), strict=True))
-    errors = [_relative(b, a, None, 1.0)[0] for a, b in pairs if a.is_floating_point()]
+    errors = [_finite_error(b, a) for a, b in pairs if a.is_floating_point()]
     return max(errors, default=0.0) / (1.0 if dtype in (torch.float32, torch.float64) else 10.0)
+
+
+def _finite_error(found: Tensor, wanted: Tensor) -> float:
+    """Relative error where `wanted` is finite; infinite when `found` is not finite there."""
+    if found.shape != wanted.shape:
+        return math.inf
+    finite = wanted.isfinite()
+    if not bool(found[finite].isfinite().all()):
+        return math.inf
+    return _relative(found[finite], wanted[finite], None, 1.0)[0]
 
 
 def run_double(module: nn.Module, inputs: Inputs) -> list[Tensor]:
