@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from latentize.passes import graph
@@ -224,8 +223,3 @@ def _channels_first(value: Value, width: int) -> bool:
 def _is_weight(value: Value) -> bool:
     """Whether a constant comes from tensors that existed before the run."""
     return any(v.call is None for v in graph.ancestors([value]))
-
-
-def is_zero(tensor: Tensor) -> bool:
-    """Whether every element is zero."""
-    return not bool(torch.count_nonzero(tensor))

@@ -19,7 +19,7 @@ from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
-from latentize.passes.scan import Scan, scan, untouched
+from latentize.passes.scan import CLIMB, Scan, scan, untouched
 from latentize.passes.sites import GraphSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError
@@ -33,8 +33,6 @@ _log = logging.getLogger(__name__)
 TOGETHER = 2e-2
 #: Parameters of a model that is analysed on one thread.
 SMALL = 50_000_000
-#: Levels above the module that selects in which the experts are looked for.
-CLIMB = 4
 
 
 @dataclass(frozen=True)

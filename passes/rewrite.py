@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from latentize.errors import LatentizeError
 from latentize.moe import LatentMoE
@@ -207,8 +206,3 @@ def _swap_logits(graph: fx.Graph, logits: fx.Node, routing: fx.Node) -> None:
     for user in list(logits.users):
         if user.op == "output":
             user.replace_input_with(logits, fresh)
-
-
-def input_tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors among the arguments of a call."""
-    return [a for a in pytree.tree_leaves((args, dict(kwargs))) if isinstance(a, Tensor)]

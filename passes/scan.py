@@ -15,6 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latentize.passes.double import evaluating, kernel
 from latentize.passes.graph import SELECTIONS
 
+#: Levels above the module that selects in which the experts are looked for.
+CLIMB = 4
+
 
 @dataclass(frozen=True)
 class ModuleCall:

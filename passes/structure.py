@@ -17,12 +17,8 @@ from torch.utils import _pytree as pytree
 
 from latentize.blocks import Block
 from latentize.passes.probes import Prober
-from latentize.passes.scan import ModuleCall, Scan, scan
-from latentize.passes.trial import lift_module, named_state
-
-#: Levels above the module that selects in which the experts are looked for.
-CLIMB = 4
-SEED = 0
+from latentize.passes.scan import CLIMB, ModuleCall, Scan, scan
+from latentize.passes.trial import SEED, lift_module, named_state
 
 
 def is_meta(model: nn.Module) -> bool:
