@@ -213,14 +213,16 @@ def _places(
     whole = None if is_graph else whole_site("", item.binding, state)
     if whole is not None:
         yield whole, None
-    try:
-        template = None if is_graph else capture_at(module, item.inputs)
-    except CaptureError as error:
-        reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
-        return
-    nodes = graph_site(template, item.randomised, module, item.inputs, item.binding)
-    if nodes is not None:
-        yield nodes, template
+    for experts in (0,) if is_graph else (0, item.binding.region.head.num_experts):
+        try:
+            template = None if is_graph else capture_at(module, item.inputs, experts)
+        except CaptureError as error:
+            reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
+            continue
+        nodes = graph_site(template, item.randomised, module, item.inputs, item.binding, experts)
+        if nodes is not None:
+            yield nodes, template
+            return
 
 
 def _at(site: Site, path: str) -> Site:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from latentize.passes import trace
+from latentize.passes.all_hit import assumptions
 from latentize.passes.double import evaluating
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs
@@ -20,14 +21,14 @@ from latentize.passes.sites import GraphSite, PartsSite, Site
 CLOSE = 1e-6
 
 
-def capture_at(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    """A graph of a module, captured in its own dtype.
+def capture_at(module: nn.Module, inputs: Inputs, experts: int = 0) -> fx.GraphModule:
+    """A graph of a module, captured in its own dtype; `experts` as in `trace.capture`.
 
     Raises:
         CaptureError: the module cannot be captured.
     """
     native = _native(module, inputs)
-    return trace.capture(evaluating(sharing_copy(module)), native.args, native.kwargs)
+    return trace.capture(evaluating(sharing_copy(module)), native.args, native.kwargs, experts)
 
 
 def _native(module: nn.Module, inputs: Inputs) -> Inputs:
@@ -35,7 +36,12 @@ def _native(module: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def graph_site(
-    template: fx.GraphModule | None, randomised: nn.Module, module: nn.Module, inputs: Inputs, binding: Binding
+    template: fx.GraphModule | None,
+    randomised: nn.Module,
+    module: nn.Module,
+    inputs: Inputs,
+    binding: Binding,
+    experts: int = 0,
 ) -> GraphSite | None:
     """The nodes of the routed region in the graph of a module, or None when they cannot be told.
 
@@ -45,12 +51,16 @@ def graph_site(
         module: the original, for the dtypes of its arguments.
         inputs: the inputs that the lift was made on.
         binding: the lift.
+        experts: number of experts that were all taken to be hit when the graph was captured; 0: none were.
     """
     if template is None:
         assert isinstance(randomised, fx.GraphModule)
         captured = copy.deepcopy(randomised)
     else:
         captured = trace.bound(template, randomised)
+    assumed = assumptions(captured.graph) if experts else []
+    trace.strip_checks(captured.graph)
+    captured.recompile()
     values = trace.node_values(captured, *_fresh(inputs))
     region = binding.region
     first = region.hidden_channels_first
@@ -69,7 +79,9 @@ def graph_site(
     if any(t is None for t in terms):
         return None
     router = pair[0] if not binding.separate_router_input else seen[0]
-    logits = _output_logits(_nodes(values, region.head.logits.tensor))
+    decided = _nodes(values, region.head.logits.tensor)
+    if not all(_between(decided, node, pair[1]) for node in assumed):
+        return None
     native = _native(module, inputs)
     return GraphSite(
         None if template is None else "",
@@ -77,10 +89,21 @@ def graph_site(
         router.name,
         pair[1].name,
         tuple(t.name for t in terms if t is not None),
-        logits,
+        _output_logits(decided),
         first,
         encode_example(native.args, native.kwargs),
+        experts,
     )
+
+
+def _between(start: list[fx.Node], node: fx.Node, end: fx.Node) -> bool:
+    """Whether a node depends on one of `start` and `end` is not among what it depends on."""
+    seen, stack = {node}, [node]
+    while stack:
+        fresh = [n for n in stack.pop().all_input_nodes if n not in seen]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return end not in seen and any(n in seen for n in start)
 
 
 def finish_prefix(site: Site, randomised: nn.Module, binding: Binding) -> Site:

@@ -151,7 +151,8 @@ def _capture(module: nn.Module, site: GraphSite) -> fx.GraphModule:
     args, kwargs = site.example
     training = module.training
     module.eval()
-    graph = trace.capture(module, tuple(decode(a) for a in args), {k: decode(v) for k, v in kwargs.items()})
+    values = tuple(decode(a) for a in args), {k: decode(v) for k, v in kwargs.items()}
+    graph = trace.capture(module, *values, site.experts)
     module.train(training)
     return graph
 

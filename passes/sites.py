@@ -105,6 +105,7 @@ class GraphSite:
     logits: str = ""
     channels_first: bool = False
     example: Any = None  # shapes, dtypes and constants of the arguments that the module was captured with
+    experts: int = 0  # number of experts that were all taken to be hit while the module was captured; 0: none were
     kind: Literal["graph"] = "graph"
 
 

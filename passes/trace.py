@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
+from latentize.passes.all_hit import EveryExpertHit
 from latentize.passes.dead_code import eliminate_dead_code
 from latentize.passes.double import widen
 
@@ -25,8 +26,15 @@ class CaptureError(Exception):
     """A module could not be captured as a graph; the message says why."""
 
 
-def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+def capture(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], experts: int = 0
+) -> fx.GraphModule:
     """Export a module with every axis of its inputs dynamic.
+
+    Args:
+        module: what to capture.
+        args, kwargs: example inputs.
+        experts: when given, code that asks which of so many experts got tokens is followed as if all had.
 
     Raises:
         CaptureError: its code depends on the values of its inputs in a way that export cannot follow.
@@ -39,8 +47,9 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     positional, keyword = pytree.tree_map(dynamic, (args, dict(kwargs)))
     named = inspect.signature(module.forward).bind(*positional, **keyword).arguments
     shapes = _spread(module, named)
+    follow = EveryExpertHit(experts) if experts else contextlib.nullcontext()
     try:
-        with torch.no_grad(), _config.patch(backed_size_oblivious=True), _quiet():  # type: ignore[attr-defined]
+        with torch.no_grad(), _config.patch(backed_size_oblivious=True), _quiet(), follow:  # type: ignore[attr-defined]
             program = torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             graph = program.module(check_guards=False)
     except Exception as error:  # export raises many kinds
@@ -134,12 +143,17 @@ def matching(values: Mapping[fx.Node, Tensor], wanted: Tensor, tolerance: float)
     return found
 
 
-def clean(graph: fx.GraphModule) -> None:
-    """Remove checks, dead code, and the parameters and buffers that no node reads any more; recompile."""
-    for node in list(graph.graph.nodes):
+def strip_checks(graph: fx.Graph) -> None:
+    """Remove the calls that check something and compute nothing, in place."""
+    for node in list(graph.nodes):
         name = getattr(node.target, "__name__", str(node.target))
         if node.op in {"call_function", "call_module"} and not node.users and any(c in name for c in _CHECKS):
-            graph.graph.erase_node(node)
+            graph.erase_node(node)
+
+
+def clean(graph: fx.GraphModule) -> None:
+    """Remove checks, dead code, and the parameters and buffers that no node reads any more; recompile."""
+    strip_checks(graph.graph)
     eliminate_dead_code(graph.graph)
     graph.graph.lint()
     graph.recompile()
