@@ -174,7 +174,7 @@ def splice(graph: fx.GraphModule, site: GraphSite, moe: LatentMoE, number: int) 
         new, routing = _calls(graph.graph, site, nodes, name)
         output.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
     if site.logits:
-        _swap_logits(graph.graph, nodes[site.logits], routing)
+        _swap_logits(graph.graph, nodes[site.logits], routing, channels_first=site.channels_first)
     trace.clean(graph)
 
 
@@ -200,10 +200,16 @@ def _calls(graph: fx.Graph, site: GraphSite, nodes: Mapping[str, fx.Node], name:
     return result, routing
 
 
-def _swap_logits(graph: fx.Graph, logits: fx.Node, routing: fx.Node) -> None:
-    """Let outputs that are the router's logits be the new router's."""
-    with graph.inserting_after(routing):
+def _swap_logits(graph: fx.Graph, logits: fx.Node, routing: fx.Node, *, channels_first: bool) -> None:
+    """Let outputs that are the router's logits be the new router's, in the shape that the old ones had."""
+    users = [user for user in logits.users if user.op == "output"]
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    with graph.inserting_before(output):
+        old = graph.call_method("movedim", (logits, 1, -1)) if channels_first else logits
+        shape = graph.call_function(getattr, (old, "shape"))
+        leading = graph.call_function(operator.getitem, (shape, slice(None, -1)))
         fresh = graph.call_function(operator.getitem, (routing, 0))
-    for user in list(logits.users):
-        if user.op == "output":
-            user.replace_input_with(logits, fresh)
+        fresh = graph.call_method("unflatten", (fresh, 0, leading))
+        fresh = graph.call_method("movedim", (fresh, -1, 1)) if channels_first else fresh
+    for user in users:
+        user.replace_input_with(logits, fresh)
