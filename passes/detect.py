@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from latentize.passes import graph
-from latentize.passes.capture import Call, Recording, Value
+from latentize.passes.capture import Call, Value
+from latentize.passes.heads import Head
 
 
 @dataclass(frozen=True)
@@ -18,55 +19,6 @@ class Leaf:
 
     value: Value
     calls: tuple[Call, ...]
-
-
-@dataclass(eq=False)
-class Head:
-    """A router: a projection of hidden states whose output decides a selection."""
-
-    recording: Recording
-    projection: graph.Projection
-    logits: Value
-    selections: list[Call]
-    dependent: set[Value]  # everything that depends on the logits
-
-    @property
-    def channels_first(self) -> bool:
-        """Whether the logits have the experts on axis 1."""
-        return self.projection.call.name == "convolution"
-
-    @property
-    def num_experts(self) -> int:
-        """Number of logits N a token has."""
-        return self.logits.shape[1] if self.channels_first else self.logits.shape[-1]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens T in the recorded run."""
-        return self.logits.tensor.numel() // self.num_experts
-
-    def logit_rows(self) -> Tensor:
-        """Logits [T, N] of the recorded run."""
-        return graph.rows(self.logits.tensor, self.tokens, channels_first=self.channels_first)
-
-    def router_input_rows(self) -> Tensor:
-        """Hidden states [T, d] that the router read."""
-        return graph.rows(self.projection.activation.tensor, self.tokens, channels_first=self.channels_first)
-
-    def weight(self, constant: Tensor) -> Tensor:
-        """The router's weight as [N, d], from the constant operand of its projection."""
-        n = self.num_experts
-        if self.projection.call.name in {"linear", "convolution"}:
-            return constant.reshape(n, -1)
-        if self.projection.call.inputs and self.projection.call.name in {"mv", "addmv"}:
-            return constant.reshape(n, -1)
-        matrix = constant.reshape(constant.shape[-2:]) if constant.dim() > 2 else constant
-        return matrix.T if matrix.shape[-1] == n and not self._weight_first() else matrix
-
-    def _weight_first(self) -> bool:
-        """Whether the call is weight @ hidden.T."""
-        operands = [v for v in self.projection.call.inputs if v.tensor.dim() >= 2]
-        return operands[-2:][0] is self.projection.weight
 
 
 @dataclass(eq=False)
@@ -101,38 +53,11 @@ class Region:
 
     def scalars(self) -> list[float]:
         """Python numbers and one-element constants in the region, without repeats."""
-        found = {s for c in self.calls for s in c.scalars}
-        found |= {float(v.tensor) for c in self.calls for v in c.inputs if v.const and v.tensor.numel() == 1}
-        return sorted(found)
+        return sorted({s for c in self.calls for s in graph.numbers(c)})
 
 
 def _like(term: Value, output: Value) -> Tensor:
     return term.tensor if term.tensor.numel() == output.tensor.numel() else output.tensor
-
-
-def find_heads(recording: Recording) -> tuple[list[Head], list[str]]:
-    """Routers in a recording, and why selections that looked like one are not."""
-    by_projection: dict[Call, list[Call]] = {}
-    notes: list[str] = []
-    for call in recording.calls:
-        if call.name not in graph.SELECTIONS or not call.inputs or call.inputs[0].const:
-            continue
-        if not call.inputs[0].tensor.is_floating_point():
-            continue
-        found, mixing = graph.nearest_projections(call.inputs[0])
-        if mixing:
-            notes.append(f"{call.name} selects by products of activations (attention or retrieval), not by a router")
-        elif len(found) == 1:
-            by_projection.setdefault(found.pop(), []).append(call)
-        elif len(found) > 1:
-            notes.append(f"{call.name} selects by {len(found)} projections combined, not by one router")
-    heads = []
-    for call, selections in by_projection.items():
-        projection = graph.projection(call)
-        assert projection is not None
-        logits = call.outputs[0]
-        heads.append(Head(recording, projection, logits, selections, graph.forward_cone([logits])))
-    return heads, notes
 
 
 def regions(head: Head) -> Iterator[Region]:

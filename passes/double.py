@@ -1,8 +1,10 @@
-"""Kernels that PyTorch lacks in fp64, so that any module can be run in it."""
+"""Run any module in fp64: widened copies, casts and factories, and the kernels that PyTorch lacks in it."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,7 +99,24 @@ def grouped_mm(
 
 
 class Fp64Kernels(TorchDispatchMode):
-    """Lets modules run in fp64 whose kernels do not."""
+    """Lets modules run in fp64 whose kernels do not, or which cast to another floating dtype on the way."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return kernel(func, args)(*args, **(kwargs or {}))
+        return kernel(func, args)(*args, **widened(kwargs or {}))
+
+
+def widened(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments of an ATen call with a narrow floating dtype replaced by fp64."""
+    return {k: torch.float64 if k == "dtype" and v in _NARROW else v for k, v in kwargs.items()}
+
+
+@contextlib.contextmanager
+def in_fp64() -> Iterator[None]:
+    """Everything that is computed inside is computed in fp64, whatever dtypes the code names."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with Fp64Kernels():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -21,7 +21,7 @@ RESHAPES = frozenset(
      "_to_copy", "contiguous", "flatten", "unflatten", "lift_fresh", "_read_after_write"}
 )  # fmt: skip
 #: Calls that turn axes, which keeps the order when the turned axes have length 1.
-_TURNS = frozenset({"permute", "transpose", "t", "movedim", "expand"})
+TURNS = frozenset({"permute", "transpose", "t", "movedim", "expand"})
 #: Calls that add their source operand onto their first operand at some positions.
 _ACCUMULATIONS = frozenset({"index_add", "scatter_add", "index_put", "scatter_reduce"})
 #: Calls that take only shape, dtype and device from their tensor operands.
@@ -88,10 +88,10 @@ def cuts(flow: set[Value], beyond: set[Value]) -> list[Value]:
 
 def base(value: Value) -> Value:
     """The value that `value` is a reshape or copy of."""
-    while value.call is not None and value.call.name in RESHAPES | _TURNS:
+    while value.call is not None and value.call.name in RESHAPES | TURNS:
         source = value.call.inputs[0]
         if source.tensor.numel() != value.tensor.numel() or (
-            value.call.name in _TURNS and not _same_order(source, value)
+            value.call.name in TURNS and not _same_order(source, value)
         ):
             break
         value = source
@@ -126,6 +126,11 @@ def terms(value: Value, dependent: set[Value]) -> tuple[list[Value], list[Value]
         else:
             routed.append(item)
     return routed, [v for v in rest if bool(v.tensor.count_nonzero())]
+
+
+def numbers(call: Call) -> list[float]:
+    """Python numbers and constants of one element that a call uses."""
+    return [*call.scalars, *(float(v.tensor) for v in call.inputs if v.const and v.tensor.numel() == 1)]
 
 
 def projection(call: Call) -> Projection | None:

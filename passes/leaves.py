@@ -5,38 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from latentize.passes.capture import Call, Recording, Value
+from latentize.passes.bound import Bound
+from latentize.passes.capture import Call, Value
 from latentize.passes.detect import Leaf, Region
 
 #: An expert has at most gate, up, down and a bias for each.
 MOST_ROLES = 6
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A tensor of a spec as a function of a recording's constants, so that it can be evaluated for other weights."""
-
-    values: tuple[Value, ...]
-    build: Callable[[list[Tensor]], Tensor]
-
-    def tensor(self, recording: Recording, state: Mapping[str, Tensor]) -> Tensor:
-        """The tensor, with parameters and buffers taken from `state`."""
-        return self.build([recording.constant(v, state) for v in self.values])
-
-    def recorded(self) -> Tensor:
-        """The tensor as it was in the recorded run."""
-        return self.build([v.tensor for v in self.values])
-
-    def then(self, function: Callable[[Tensor], Tensor]) -> Bound:
-        """The same with `function` applied."""
-        return Bound(self.values, lambda tensors: function(self.build(tensors)))
 
 
 @dataclass(frozen=True)

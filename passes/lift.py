@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from latentize.passes import graph
+from latentize.passes.bound import Bound
 from latentize.passes.capture import Call, Recording
-from latentize.passes.detect import Head, Region, regions
-from latentize.passes.leaves import Bound
+from latentize.passes.detect import Region, regions
+from latentize.passes.heads import Head
 from latentize.passes.lift_experts import ExpertsFit, fit_experts
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
 from latentize.spec import ExpertsSpec, MoESpec

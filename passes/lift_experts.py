@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from latentize.activations import FUNCTIONS, Activation
+from latentize.passes import graph
+from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
-from latentize.passes.leaves import Bound, Role, groupings, readings, stack
+from latentize.passes.leaves import Role, groupings, readings, stack
 
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
@@ -328,12 +330,7 @@ _LIMITERS = frozenset({"clamp", "clamp_max", "clamp_min", "minimum", "maximum", 
 
 def _numbers(region: Region, names: frozenset[str] | set[str]) -> list[float]:
     """Numbers that the named calls of the region use."""
-    return [s for c in region.calls if c.name in names for s in [*c.scalars, *_small_constants(c)]]
-
-
-def _small_constants(call: object) -> list[float]:
-    inputs = getattr(call, "inputs", [])
-    return [float(v.tensor) for v in inputs if v.const and v.tensor.numel() == 1]
+    return [s for c in region.calls if c.name in names for s in graph.numbers(c)]
 
 
 def _limited(name: str, alpha: float, offset: float, limit: float, *, gated: bool) -> Iterator[Activation]:

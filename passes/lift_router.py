@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from latentize.passes import graph
+from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
-from latentize.passes.leaves import Bound
+from latentize.passes.heads import Head
 from latentize.routing import normalize, score, selection_scores
 from latentize.spec import Groups, RouterSpec
 
@@ -72,25 +73,15 @@ def fit_router(
         for weighing in _weighings(region, rule):
             scale = _scale(weighing, capped, target, region)
             if scale is not None:
-                head = region.head
-                factor = bounds.pop("", None)
-                weight = Bound((head.projection.weight,), lambda t: t[0]).then(head.weight)
-                tensors = dict(bounds)
-                if head.projection.bias is not None:
-                    tensors["bias"] = _joined_bias(head.projection.bias, tensors.get("bias"), count)
-                assert factor is None
+                weight, bias, tensors = region.head.weight, region.head.bias, dict(bounds)
+                if bias is not None:
+                    added = tensors.get("bias")
+                    tensors["bias"] = bias if added is None else bias.with_(added, torch.add)
                 found = replace(
                     weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None, bias=None
                 )
                 return RouterFit(found, weight, tensors), ""
     return None, reason
-
-
-def _joined_bias(projected: object, added: Bound | None, count: int) -> Bound:
-    first = Bound((projected,), lambda t: t[0].reshape(count))  # type: ignore[arg-type]
-    if added is None:
-        return first
-    return Bound(first.values + added.values, lambda t: first.build(t[:1]) + added.build(t[1:]))
 
 
 def _vector(value: Tensor, count: int) -> Tensor:
@@ -189,8 +180,9 @@ def _weighings(region: Region, rule: RouterSpec) -> Iterator[RouterSpec]:
     """The rule with every normalisation that the region's calls suggest, hinted ones first."""
     tokens = region.head.tokens
     sums = [c for c in region.calls if c.outputs and c.outputs[0].tensor.numel() == tokens]
-    added = sorted({s for c in sums if c.name == "add" for s in c.scalars if 0 < s < 0.1})
-    clamped = sorted({s for c in sums if c.name in {"clamp", "clamp_min", "maximum"} for s in c.scalars if 0 < s < 0.5})
+    added = sorted({s for c in sums if c.name == "add" for s in graph.numbers(c) if s > 0})
+    floors = [c for c in sums if c.name in {"clamp", "clamp_min", "maximum"}]
+    clamped = sorted({s for c in floors for s in graph.numbers(c) if s > 0})
     norms = {s for c in region.calls if "norm" in c.name for s in c.scalars if s > 1}
     if rule.order == "score_first" or rule.score != "softmax":
         yield from (replace(rule, normalize="sum", eps=eps) for eps in added)
@@ -224,14 +216,10 @@ def _scale(rule: RouterSpec, logits: Tensor, target: _Target, region: Region) ->
 def supports(region: Region) -> Iterator[Tensor]:
     """Candidates for the selected experts [T, k] of the recorded run: integer tensors computed from the logits."""
     head = region.head
-    tokens, count = head.tokens, head.num_experts
     seen: set[tuple[tuple[int, ...], bytes]] = set()
     firsts: list[Tensor] = []
     for call in sorted({c for v in head.dependent for c in [v.call] if c is not None}, key=lambda c: c.index):
-        for value in call.outputs:
-            found = _as_indices(value.tensor, tokens, count, channels_first=head.channels_first)
-            if found is None:
-                continue
+        for found in (f for value in call.outputs for f in _as_indices(value.tensor, head)):
             if found.shape[1] == 1 and call.name in graph.SELECTIONS:
                 firsts.append(found)
             key = (tuple(found.shape), found.sort(-1).values.numpy().tobytes())
@@ -244,19 +232,27 @@ def supports(region: Region) -> Iterator[Tensor]:
             yield joined
 
 
-def _as_indices(tensor: Tensor, tokens: int, count: int, *, channels_first: bool) -> Tensor | None:
+def _as_indices(tensor: Tensor, head: Head) -> Iterator[Tensor]:
+    """Readings of a tensor as k different experts for each token, [T, k]."""
+    tokens, count = head.tokens, head.num_experts
     if tensor.dtype not in (torch.int64, torch.int32) or not tensor.numel() or tensor.numel() % tokens:
-        return None
+        return
     k = tensor.numel() // tokens
-    if k >= count or tensor.dim() == 0:
-        return None
-    if channels_first and tensor.dim() == 4:
-        tensor = tensor.movedim(1, -1)
-    rows = tensor.reshape(tokens, k).long()
-    if int(rows.min()) < 0 or int(rows.max()) >= count:
-        return None
-    ordered = rows.sort(-1).values
-    return None if k > 1 and bool((ordered[:, 1:] == ordered[:, :-1]).any()) else rows
+    if k >= count or tensor.dim() == 0 or int(tensor.min()) < 0 or int(tensor.max()) >= count:
+        return
+    for turned in _experts_last(tensor, head):
+        rows = turned.reshape(tokens, k).long()
+        ordered = rows.sort(-1).values
+        if k == 1 or not bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+            yield rows
+
+
+def _experts_last(tensor: Tensor, head: Head) -> Iterator[Tensor]:
+    """The tensor as it is, and with the experts' axis moved to the end where the logits have it elsewhere."""
+    if not head.experts_last and tensor.dim() == head.logits.tensor.dim():
+        yield tensor.movedim(head.axis, -1)
+    if head.experts_last or head.projection.call.name != "convolution" or tensor.dim() != 4:
+        yield tensor
 
 
 def carried_weights(region: Region, indices: Tensor) -> Iterator[Tensor]:
@@ -265,10 +261,10 @@ def carried_weights(region: Region, indices: Tensor) -> Iterator[Tensor]:
     tokens, k = indices.shape
     count = head.num_experts
     for value in sorted(head.dependent - region.fed, key=lambda v: v.index):
-        tensor = value.tensor
-        if not tensor.is_floating_point() or tensor.numel() not in (tokens * k, tokens * count):
+        if not value.tensor.is_floating_point() or value.tensor.numel() not in (tokens * k, tokens * count):
             continue
-        if tensor.numel() == tokens * k and tensor.shape[0] in (tokens, tensor.numel()):
-            yield tensor.reshape(tokens, k)
-        elif tensor.numel() == tokens * count and tensor.shape[-1] == count:
-            yield tensor.reshape(tokens, count).gather(1, indices)
+        for tensor in _experts_last(value.tensor, head):
+            if tensor.numel() == tokens * k and tensor.shape[0] in (tokens, tensor.numel()):
+                yield tensor.reshape(tokens, k)
+            elif tensor.numel() == tokens * count and tensor.shape[-1] == count:
+                yield tensor.reshape(tokens, count).gather(1, indices)

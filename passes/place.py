@@ -36,9 +36,10 @@ def _known(binding: Binding, state: dict[str, Tensor]) -> _Known:
     region = binding.region
     spec = binding.spec(region.head.recording, state, torch.float64)
     logits = region.head.logit_rows().double()
-    if binding.router.tensors.get("bias") is not None and region.head.projection.bias is None:
-        assert spec.router.bias is not None
+    if spec.router.bias is not None:
+        own = region.head.bias
         logits = logits + spec.router.bias
+        logits = logits if own is None else logits - own.tensor(region.head.recording, state).double()
     routing = route(logits, spec.router)
     scores = score(logits, spec.router.score)
     return _Known(

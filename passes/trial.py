@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentize.passes import graph
 from latentize.passes.capture import Call, Recording, Value, record
-from latentize.passes.detect import Head, find_heads, regions
-from latentize.passes.double import in_double
+from latentize.passes.detect import regions
+from latentize.passes.double import in_double, in_fp64
+from latentize.passes.heads import Head, Note, find_heads
 from latentize.passes.lift import Binding, lift
 from latentize.passes.probes import Inputs, Prober
 
@@ -34,19 +34,19 @@ class Trial:
 def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tuple[list[Trial], list[str]]:
     """Lift the MoEs of one module whose selection happens in the submodule `innermost` (None: anywhere)."""
     double = in_double(module)
-    first = record(double, *_call(prober.seen()))
-    heads = _heads(first, innermost)
+    first = _record(double, prober.seen())
+    heads, notes = _heads(first, innermost)
     if not heads:
-        return [], []
-    noise = first.random_calls()
+        return [], [note.reason for note in notes if note.listed]
+    noise = [c for c in first.random_calls() if not _without_dropout(c)]
     if noise:
         return [], [f"it draws random numbers in evaluation ({noise[0].name})"]
     randomise(double, _names(heads), SEED)
     reasons: list[str] = []
     for inputs in _attempts(prober, heads[0], double):
-        recording = record(double, *_call(inputs))
+        recording = _record(double, inputs)
         found, reasons = [], []
-        for head in _heads(recording, innermost):
+        for head in _heads(recording, innermost)[0]:
             binding, reason = lift(head)
             if binding is None:
                 reasons.append(reason)
@@ -57,9 +57,10 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tup
     return [], reasons
 
 
-def _call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _record(module: nn.Module, inputs: Inputs) -> Recording:
     double = inputs.to(torch.float64)
-    return double.args, double.kwargs
+    with in_fp64():
+        return record(module, double.args, double.kwargs)
 
 
 def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]:
@@ -69,7 +70,7 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
         yield prober.seen()
         return
     yield few
-    weight = head.weight(head.recording.constant(head.projection.weight, dict(named_state(module)))).detach().double()
+    weight = head.weight.tensor(head.recording, dict(named_state(module))).detach().double()
     directed = prober.directed("lift", weight, SEED)
     if directed is not None:
         yield directed
@@ -78,11 +79,24 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
         yield many
 
 
-def _heads(recording: Recording, innermost: str | None) -> list[Head]:
-    heads, _ = find_heads(recording)
+def _heads(recording: Recording, innermost: str | None) -> tuple[list[Head], list[Note]]:
+    heads, notes = find_heads(recording)
     if innermost is None:
-        return heads
-    return [h for h in heads if any(_path(recording, c) == innermost for c in h.selections)]
+        return heads, notes
+    return (
+        [h for h in heads if any(_path(recording, c) == innermost for c in h.selections)],
+        [n for n in notes if _path(recording, n.call) == innermost],
+    )
+
+
+def _without_dropout(call: Call) -> bool:
+    """Whether a call that may draw random numbers draws none: attention with a dropout of zero."""
+    names = [a.name for a in call.op._schema.arguments]
+    if "dropout_p" not in names:
+        return False
+    position = names.index("dropout_p")
+    given = call.args[position] if position < len(call.args) else call.kwargs.get("dropout_p", 0.0)
+    return given == 0.0
 
 
 def _path(recording: Recording, call: Call) -> str:
@@ -93,9 +107,8 @@ def _names(heads: list[Head]) -> set[str]:
     """State-dict names of every parameter and buffer that the routers and their candidate regions use."""
     found: set[str] = set()
     for head in heads:
-        found |= _sources(head.projection.weight)
-        if head.projection.bias is not None:
-            found |= _sources(head.projection.bias)
+        for value in head.constants():
+            found |= _sources(value)
         for region in regions(head):
             for leaf in [*region.leaves, *region.routing_leaves]:
                 found |= _sources(leaf.value)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from latentize import rescale
 from latentize.blocks import Probe
 from latentize.moe import LatentMoE, Router
-from latentize.passes.double import Fp64Kernels, evaluating, in_double
+from latentize.passes.double import evaluating, in_double, in_fp64
 from latentize.passes.lift_router import TIE, group_ties
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
@@ -154,7 +154,7 @@ def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     ready = inputs.to(dtype)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         if dtype == torch.float64:
-            with Fp64Kernels():  # type: ignore[no-untyped-call]
+            with in_fp64():
                 output = module(*ready.args, **ready.kwargs)
         else:
             output = module(*ready.args, **ready.kwargs)
