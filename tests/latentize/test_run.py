@@ -1,6 +1,10 @@
 """The whole job on a tiny model: files, report, gates, dry run, interruption and resumption."""
 
 import json
+import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -194,6 +198,20 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(net, capsys, 
     assert names(net) == ["net.py", "out"]
     found = latentize.load("out").state_dict()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("reached", ["evaluate ", pytest.param("Blocks found", marks=pytest.mark.slow)])
+def test_the_signal_of_ctrl_c_ends_a_run_in_one_line_and_it_can_be_resumed(net, reached):
+    arguments = [sys.executable, "-m", "latentize", "net.py", "-o", "out", "--latent-dim", "8", "--heal", "60"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert any(line.startswith(reached) for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        last = process.stdout.read().strip().splitlines()[-1]
+    assert process.returncode == 130
+    assert last == f"latentize: interrupted; continue with: latentize {shlex.join(arguments[3:])} --resume"
+    assert "out" not in names(net)
+    subprocess.run([*arguments, "--resume"], check=True, capture_output=True)
+    assert names(net) == ["net.py", "out"]
 
 
 def test_an_interrupted_run_of_another_recipe_is_refused_by_name(net, capsys, monkeypatch):

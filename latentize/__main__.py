@@ -1,0 +1,5 @@
+"""`python -m latentize`: the command line."""
+
+from latentize.cli import main
+
+main()
