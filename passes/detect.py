@@ -3,22 +3,34 @@ constant tensors in between. Structure and data flow only."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from latentize.passes import graph
 from latentize.passes.capture import Call, Value
-from latentize.passes.heads import Head
+from latentize.passes.heads import PICKS, Head
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A constant tensor used inside a region, and the calls that use it together with activations."""
+    """A constant tensor used inside a region, or a part of it, and the calls that use it together with activations."""
 
     value: Value
     calls: tuple[Call, ...]
+    values: tuple[Value, ...]  # `value` and others computed from the same tensors in the same way
+    part: tuple[int, int, int] | None = None  # axis, start and length, when the region uses no more of it
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the tensor or its part."""
+        return self.of(self.value.tensor).shape
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor in the place of `value`."""
+        return tensor if self.part is None else tensor.narrow(*self.part)
 
 
 @dataclass(eq=False)
@@ -118,23 +130,42 @@ def _build(head: Head, hidden: Value, output: Value, rest: list[Value], inside: 
     calls = sorted({c for v in inside if v.call is not None for c in [v.call]}, key=lambda c: c.index)
     active = fed | head.dependent
     calls = [c for c in calls if any(v in active for v in c.inputs) and head.logits not in c.outputs]
-    uses: dict[Value, list[Call]] = {}
+    uses: dict[Hashable, list[tuple[Value, Call]]] = {}
     for call in calls:
         for value in call.inputs:
             if value.const and value.tensor.is_floating_point() and value.tensor.numel() > 1 and _is_weight(value):
-                uses.setdefault(value, []).append(call)
+                uses.setdefault(graph.derivation(value), []).append((value, call))
     leaves: list[Leaf] = []
     routing: list[Leaf] = []
-    for value, users in uses.items():
+    for found in uses.values():
+        value, users = found[0][0], tuple(dict.fromkeys(call for _, call in found))
+        leaf = Leaf(value, users, tuple(dict.fromkeys(v for v, _ in found)))
         alone = all(v in head.dependent or v.const for c in users for v in c.inputs)
         small = value.tensor.numel() in (head.num_experts, 1)
-        (routing if alone and small and not any(_meets_hidden(c, fed) for c in users) else leaves).append(
-            Leaf(value, tuple(users))
-        )
+        if alone and small and not any(_meets_hidden(c, fed) for c in users):
+            routing.append(leaf)
+        else:
+            leaves += _parts(leaf, head, inside)
     return Region(
         head, hidden, output, rest, width, leaves, routing, calls, fed,
         output_channels_first=_channels_first(output, width), hidden_channels_first=_channels_first(hidden, width),
     )  # fmt: skip
+
+
+def _parts(leaf: Leaf, head: Head, inside: set[Value]) -> list[Leaf]:
+    """The leaf, or, where it makes the router's logits too, each run of rows that the region uses of it."""
+    product = head.projection.call.outputs[0]
+    if leaf.value is not head.projection.weight or product.shape[-1] == head.num_experts:
+        return [leaf]
+    picked: list[Value] = []
+    for call in graph.users_through_reshapes(product):
+        used = [o for o in call.outputs if o in inside]
+        if used and (call.name not in PICKS or used[0].shape[:-1] != call.inputs[0].shape[:-1]):
+            return [leaf]
+        picked += [o for o in used if o is not head.logits]
+    axis = 0 if head.projection.call.name == "linear" else leaf.value.tensor.dim() - 1
+    starts = [(int(o.tensor.storage_offset() - product.tensor.storage_offset()), o.shape[-1]) for o in picked]
+    return [Leaf(leaf.value, leaf.calls, leaf.values, (axis, start, length)) for start, length in sorted(starts)]
 
 
 def _meets_hidden(call: Call, fed: set[Value]) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.utils import _pytree as pytree
 
 from latentize.passes.capture import Call, Value
 
@@ -126,6 +127,29 @@ def terms(value: Value, dependent: set[Value]) -> tuple[list[Value], list[Value]
         else:
             routed.append(item)
     return routed, [v for v in rest if bool(v.tensor.count_nonzero())]
+
+
+def users_through_reshapes(value: Value) -> Iterator[Call]:
+    """Calls that use a value, or a reshape of it, other than to reshape it."""
+    stack = [value]
+    while stack:
+        for call in stack.pop().users:
+            if call.name in RESHAPES:
+                stack.extend(call.outputs)
+            else:
+                yield call
+
+
+def derivation(value: Value) -> Hashable:
+    """How a constant comes from the tensors of a model: equal for constants computed from the same ones alike."""
+    call = value.call
+    if value.source:
+        return value.source
+    if call is None:
+        return value.index
+    position = next(i for i, v in enumerate(call.outputs) if v is value)
+    flat = pytree.tree_leaves((call.args, call.kwargs))
+    return (str(call.op), position, *(derivation(a) if isinstance(a, Value) else repr(a) for a in flat))
 
 
 def numbers(call: Call) -> list[float]:

@@ -23,7 +23,7 @@ AFFINE = 1e-5
 #: Calls that scale or shift.
 _SCALES = frozenset({"mul", "div", "add", "sub", "neg"})
 #: Calls that pick some of the rows.
-_PICKS = frozenset({"slice", "narrow", "split", "split_with_sizes", "chunk", "index_select", "select", "unbind"})
+PICKS = frozenset({"slice", "narrow", "split", "split_with_sizes", "chunk", "index_select", "select", "unbind"})
 #: Calls at the end of a chain that are left to what follows.
 _TRAILING = graph.RESHAPES | graph.TURNS | {"add", "sub"}
 
@@ -214,7 +214,8 @@ def _turned(projection: graph.Projection) -> tuple[Value, tuple[Call, ...]] | No
     """For weight @ hidden.T: the hidden states before they were turned, and the calls that turned them."""
     if projection.call.name not in {"mm", "bmm", "addmm", "baddbmm", "matmul"} or not _weight_first(projection):
         return None
-    value, calls = projection.activation, []
+    value = projection.activation
+    calls: list[Call] = []
     width = value.shape[-2]
     wanted = value.tensor.transpose(-2, -1).reshape(-1, width)
     while value.call is not None and value.call.name in graph.RESHAPES | graph.TURNS and not value.const:
@@ -238,7 +239,7 @@ def _affine_path(start: Value, selections: list[Call]) -> list[tuple[Call, Value
         call = leading[0]
         onward = [o for o in call.outputs if o in ahead]
         others = [o for c in value.users if c is not call for o in c.outputs]
-        if len(onward) != 1 or (call.name not in _PICKS and graph.forward_cone(others) & routed):
+        if len(onward) != 1 or (call.name not in PICKS and graph.forward_cone(others) & routed):
             break
         path.append((call, onward[0]))
         value = onward[0]
@@ -248,7 +249,7 @@ def _affine_path(start: Value, selections: list[Call]) -> list[tuple[Call, Value
 
 
 def _is_affine(call: Call, value: Value) -> bool:
-    if call.name not in _SCALES | _PICKS | graph.RESHAPES | graph.TURNS or not call.op or call.inputs.count(value) != 1:
+    if call.name not in _SCALES | PICKS | graph.RESHAPES | graph.TURNS or not call.op or call.inputs.count(value) != 1:
         return False
     if call.name == "_read_after_write" or any(v is not value and not v.const for v in call.inputs):
         return False

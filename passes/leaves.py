@@ -44,7 +44,7 @@ def groupings(region: Region) -> Iterator[list[Role]]:
             continue
         kind: Literal["weight", "bias"] = "bias" if all(_adds(call, value) for call, value in meets) else "weight"
         level = max(levels.get(call, 0) + _fused_bias(call, value) for call, value in meets)
-        classes.setdefault((kind, level, leaf.value.shape), []).append(leaf)
+        classes.setdefault((kind, level, leaf.shape), []).append(leaf)
     sizes = {len(members) for members in classes.values()}
     whole = math.gcd(*sizes) if sizes else 1
     counts = [n for n in dict.fromkeys([region.head.num_experts, whole, 1]) if whole % n == 0]
@@ -67,8 +67,8 @@ def _meets(leaf: Leaf, region: Region) -> list[tuple[Call, Value]]:
     """Calls in which the leaf, or rows read from it, first meets activations; with the value that carries it there."""
     inside = set(region.calls)
     found: list[tuple[Call, Value]] = []
-    stack = [leaf.value]
-    seen = {leaf.value}
+    stack = list(leaf.values)
+    seen = set(stack)
     while stack:
         value = stack.pop()
         for call in value.users:
@@ -109,12 +109,16 @@ def _levels(region: Region) -> dict[Call, int]:
     return level
 
 
-def stack(role: Role, order: list[int] | None = None) -> Bound:
+def stack(role: Role) -> Bound:
     """The role's leaves as one tensor, experts first; one stacked leaf is returned as it is stored."""
     if role.stacked:
-        return Bound((role.members[0].value,), lambda tensors: tensors[0])
-    members = [role.members[i] for i in order] if order is not None else list(role.members)
-    return Bound(tuple(leaf.value for leaf in members), _stack)
+        leaf = role.members[0]
+        return Bound((leaf.value,), lambda tensors: leaf.of(tensors[0]))
+    members = role.members
+    return Bound(
+        tuple(leaf.value for leaf in members),
+        lambda tensors: _stack([leaf.of(t) for leaf, t in zip(members, tensors, strict=True)]),
+    )
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -141,6 +145,20 @@ def readings(bound: Bound, shape: torch.Size, wanted: tuple[int, ...]) -> Iterat
         inner = set(itertools.accumulate(lengths, operator.mul))
         if stored <= inner or inner <= stored:
             yield bound.then(_reader(lengths, [order.index(axis) for axis in range(len(wanted))]))
+
+
+def sharded_readings(
+    bound: Bound, shape: torch.Size, wanted: tuple[int, ...], axis: int, shards: int
+) -> Iterator[Bound]:
+    """The same, of a leaf that holds `shards` pieces of each expert, cut along an axis of `wanted`."""
+    if shards == 1:
+        yield from readings(bound, shape, wanted)
+        return
+    if wanted[axis] % shards:
+        return
+    cut = (*wanted[:axis], shards, wanted[axis] // shards, *wanted[axis + 1 :])
+    for reading in readings(bound, shape, cut):
+        yield reading.then(lambda tensor: tensor.flatten(axis, axis + 1))
 
 
 def _reader(lengths: list[int], back: list[int]) -> Callable[[Tensor], Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from latentize.passes import graph
 from latentize.passes.bound import Bound
-from latentize.passes.capture import Call, Recording
+from latentize.passes.capture import Recording
 from latentize.passes.detect import Region, regions
 from latentize.passes.heads import Head
 from latentize.passes.lift_experts import ExpertsFit, fit_experts
@@ -69,27 +70,66 @@ def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
         if experts is None:
             best = max(best, (1, reason), key=lambda b: b[0])
             continue
-        router, reason = fit_router(region, indices, experts.coefficients, "output", experts.num_experts)
-        if router is not None:
-            return Binding(region, router, experts, _is_latent(region)), 3, ""
+        binding, reason = _bind(region, indices, experts, "output")
+        if binding is not None:
+            return binding, 3, ""
         best = (2, reason)
     if best[0] >= 2:
         return None, *best
     for indices, experts in _weighted_inputs(region):
-        router, reason = fit_router(region, indices, experts.coefficients, "input", experts.num_experts)
-        if router is not None:
-            return Binding(region, router, experts, _is_latent(region)), 3, ""
+        binding, reason = _bind(region, indices, experts, "input")
+        if binding is not None:
+            return binding, 3, ""
         best = (2, reason)
     if best[0] >= 2:
         return None, *best
     found = _from_all_experts(region)
     if found is not None:
-        indices, experts = found
-        router, reason = fit_router(region, indices, experts.coefficients, "output", experts.num_experts)
-        if router is not None:
-            return Binding(region, router, experts, _is_latent(region)), 3, ""
+        binding, reason = _bind(region, *found, "output")
+        if binding is not None:
+            return binding, 3, ""
         best = (2, reason)
     return None, *best
+
+
+def _bind(
+    region: Region, indices: Tensor, experts: ExpertsFit, applies_to: Literal["output", "input"]
+) -> tuple[Binding | None, str]:
+    """The region with the routing rule that explains its experts' weights, in their order or in the router's."""
+    weights, count = experts.coefficients, experts.num_experts
+    router, reason = fit_router(region, indices, weights, applies_to, count)
+    if router is not None:
+        return Binding(region, router, experts, _is_latent(region)), ""
+    for selected in supports(region):
+        row = _rows_of_experts(indices, selected, count)
+        if row is None or row == list(range(count)):
+            continue
+        router, _ = fit_router(region, torch.tensor(row)[indices], weights, applies_to, count)
+        if router is not None:
+            order = [row.index(place) for place in range(count)]
+            return Binding(region, router, experts.reordered(order), _is_latent(region)), ""
+    return None, reason
+
+
+def _rows_of_experts(experts: Tensor, rows: Tensor, count: int) -> list[int] | None:
+    """The router row that each expert goes with, from which of both are selected together; None when that is unclear.
+
+    Args:
+        experts: [T, k] experts that were used.
+        rows: [T, k] router rows that were selected.
+        count: number of both.
+    """
+    if experts.shape != rows.shape or int(experts.max()) >= count:
+        return None
+    used, chosen = (torch.zeros(len(t), count).scatter(1, t, 1.0) for t in (experts, rows))
+    together = used.T @ chosen
+    best = together.argmax(1)
+    always = together.gather(1, best.unsqueeze(1)).squeeze(1)
+    if not bool(always.all()) or len(set(best.tolist())) < count:
+        return None
+    if not torch.equal(always, used.sum(0)) or not torch.equal(always, chosen.sum(0)[best]):
+        return None
+    return [int(row) for row in best]
 
 
 def _weighted_inputs(region: Region) -> Iterator[tuple[Tensor, ExpertsFit]]:
@@ -128,18 +168,8 @@ def _is_latent(region: Region) -> bool:
     if down is None or graph.base(down.activation) is not graph.base(region.head.projection.activation):
         return False
     width = region.head.router_input_rows().shape[1]
-    for user in _users_through_reshapes(region):
+    for user in graph.users_through_reshapes(region.output):
         up = graph.projection(user)
         if up is not None and user.outputs[0].tensor.numel() == region.head.tokens * width:
             return True
     return False
-
-
-def _users_through_reshapes(region: Region) -> Iterator[Call]:
-    stack = [region.output]
-    while stack:
-        for call in stack.pop().users:
-            if call.name in graph.RESHAPES:
-                stack.extend(call.outputs)
-            else:
-                yield call

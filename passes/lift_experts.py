@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from latentize.activations import FUNCTIONS, Activation
 from latentize.passes import graph
 from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
-from latentize.passes.leaves import Role, groupings, readings, stack
+from latentize.passes.leaves import Role, groupings, readings, sharded_readings, stack
 
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
@@ -47,6 +47,11 @@ class ExpertsFit:
     num_experts: int
     residual: float
     coefficients: Tensor  # [T, k] weights that put the output in the span
+
+    def reordered(self, order: list[int]) -> ExpertsFit:
+        """The same with expert order[i] in place i."""
+        moved = {name: bound.then(lambda t: t[order]) for name, bound in self.bounds().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
 
     def bounds(self) -> dict[str, Bound]:
         """The tensors that are present, by their field of `ExpertsSpec`."""
@@ -120,7 +125,7 @@ def _misfit(grouped: list[list[Role]], region: Region) -> str:
     weights = sum(role.kind == "weight" for role in grouped[0])
     if weights < 2:
         return f"its experts have {weights} kinds of weights where at least two (up and down) are needed"
-    shapes = sorted({tuple(leaf.value.shape) for leaf in region.leaves})
+    shapes = sorted({tuple(leaf.shape) for leaf in region.leaves})
     return (
         f"shapes {shapes} do not read as gate, up and down of {region.head.num_experts} experts of width {region.width}"
     )
@@ -128,16 +133,16 @@ def _misfit(grouped: list[list[Role]], region: Region) -> str:
 
 def _expert_counts(found: list[Role], region: Region) -> list[int]:
     """Numbers of real experts worth trying: as many as logits, as listed, or as a leading axis says."""
+    routed = region.head.num_experts
     listed = {len(role.members) for role in found if not role.stacked}
     if listed:
-        return sorted(listed)
-    routed = region.head.num_experts
-    leading = {role.members[0].value.shape[0] for role in found if role.kind == "weight"}
+        return sorted({n if n <= routed or n % routed else routed for n in listed})
+    leading = {role.members[0].shape[0] for role in found if role.kind == "weight"}
     return [routed, *sorted(n for n in leading if 1 < n < routed)]
 
 
 def _shape(role: Role) -> torch.Size:
-    first = role.members[0].value.shape
+    first = role.members[0].shape
     return first if role.stacked else torch.Size((len(role.members), *first))
 
 
@@ -156,23 +161,26 @@ def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]
         neurons, remainder = divmod(_shape(down_role).numel(), experts * width)
         if remainder or not neurons:
             continue
-        for down in readings(stack(down_role), _shape(down_role), (experts, width, neurons)):
+        shards = max(1, len(down_role.members) // experts)
+        for down in sharded_readings(stack(down_role), _shape(down_role), (experts, width, neurons), 2, shards):
             for gate, up in _firsts(firsts, experts, neurons, width):
                 yield from _with_biases(_Reading(gate, up, down), biases, last, experts, neurons, width)
 
 
 def _firsts(firsts: list[Role], experts: int, neurons: int, width: int) -> Iterator[tuple[Bound | None, Bound]]:
     wanted = (experts, neurons, width)
+    shards = max(1, *(len(role.members) // experts for role in firsts))
     if len(firsts) == 2:
         one, two = firsts
         for a, b in itertools.product(
-            readings(stack(one), _shape(one), wanted), readings(stack(two), _shape(two), wanted)
+            sharded_readings(stack(one), _shape(one), wanted, 1, shards),
+            sharded_readings(stack(two), _shape(two), wanted, 1, shards),
         ):
             yield a, b
             yield b, a
         return
     (role,) = firsts
-    yield from ((None, up) for up in readings(stack(role), _shape(role), wanted))
+    yield from ((None, up) for up in sharded_readings(stack(role), _shape(role), wanted, 1, shards))
     for fused in readings(stack(role), _shape(role), (experts, 2, neurons, width)):
         first, second = fused.then(lambda t: t[:, 0]), fused.then(lambda t: t[:, 1])
         yield first, second

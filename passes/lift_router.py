@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ class _Target:
     selected: Tensor
     weights: Tensor
     top_k: int
+    experts: int  # real ones; the rest pass their input on
 
 
 @torch.no_grad()
@@ -63,25 +65,54 @@ def fit_router(
         return None, f"it selects {indices.shape[1]} of {count} experts: nothing is routed"
     selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()
     dense = torch.zeros_like(logits).scatter(1, indices, weights.double())
-    target = _Target(logits, selected, dense, indices.shape[1])
+    target = _Target(logits, selected, dense, indices.shape[1], experts)
     reason = "its selection is not the top-k of any supported score of its logits"
-    for rule, bounds in _selection_rules(region, target):
-        capped = _capped(target.logits, rule)
-        if not _selects(rule, capped, target):
-            continue
-        reason = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
-        for weighing in _weighings(region, rule):
-            scale = _scale(weighing, capped, target, region)
-            if scale is not None:
-                weight, bias, tensors = region.head.weight, region.head.bias, dict(bounds)
-                if bias is not None:
-                    added = tensors.get("bias")
-                    tensors["bias"] = bias if added is None else bias.with_(added, torch.add)
-                found = replace(
-                    weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None, bias=None
-                )
-                return RouterFit(found, weight, tensors), ""
+    for factor in (None, *_temperatures(region)):
+        scaled = target if factor is None else replace(target, logits=logits * float(factor.recorded()))
+        for rule, bounds in _selection_rules(region, scaled):
+            capped = _capped(scaled.logits, rule)
+            if (factor is not None and (bounds or rule.softcap is not None)) or not _selects(rule, capped, scaled):
+                continue
+            reason = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
+            for weighing in _weighings(region, rule):
+                scale = _scale(weighing, capped, scaled, region)
+                if scale is not None:
+                    found = replace(
+                        weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None,
+                        bias=None,
+                    )  # fmt: skip
+                    return _fit(region, found, bounds, factor), ""
+        if factor is None and "selection" in reason:
+            break
     return None, reason
+
+
+def _fit(region: Region, rule: RouterSpec, bounds: dict[str, Bound], factor: Bound | None) -> RouterFit:
+    weight, bias, tensors = region.head.weight, region.head.bias, dict(bounds)
+    if bias is not None:
+        added = tensors.get("bias")
+        tensors["bias"] = bias if added is None else bias.with_(added, torch.add)
+    if factor is not None:
+        weight = weight.with_(factor, torch.mul)
+        tensors = {name: bound.with_(factor, torch.mul) for name, bound in tensors.items()}
+    return RouterFit(rule, weight, tensors)
+
+
+def _temperatures(region: Region) -> Iterator[Bound]:
+    """Factors by which logits may be multiplied before they are scored, as tensors of no axes."""
+    near = [c for c in region.calls if c.name in {"mul", "div"} and any(v in region.head.dependent for v in c.inputs)]
+    numbers = {abs(s) for c in near for s in c.scalars}
+    for number in sorted({n for s in numbers if s for n in (s, 1 / s)} - {1.0}):
+        yield Bound((), partial(_number, number))
+    single = dict.fromkeys(v for c in near for v in c.inputs if v.const and v.tensor.numel() == 1)
+    for value in single:
+        if float(value.tensor) > 0:
+            yield Bound((value,), lambda tensors: tensors[0].reshape(()))
+            yield Bound((value,), lambda tensors: tensors[0].reshape(()).reciprocal())
+
+
+def _number(number: float, _: list[Tensor]) -> Tensor:
+    return torch.tensor(number)
 
 
 def _vector(value: Tensor, count: int) -> Tensor:
@@ -202,6 +233,7 @@ def _scale(rule: RouterSpec, logits: Tensor, target: _Target, region: Region) ->
     if rule.per_expert_scale is not None:
         weights = weights * rule.per_expert_scale[indices]
     wanted = target.weights.gather(1, indices)
+    weights, wanted = (_pooled(w, indices >= target.experts) for w in (weights, wanted))
     size = float(weights.square().sum())
     if not size > 0 or not torch.isfinite(weights).all():
         return None
@@ -211,6 +243,13 @@ def _scale(rule: RouterSpec, logits: Tensor, target: _Target, region: Region) ->
         scale = snapped
     error = (weights * scale - wanted).norm(dim=1) / wanted.norm(dim=1).clamp_min(1e-30)
     return scale if float(error.max()) <= FITS else None
+
+
+def _pooled(weights: Tensor, passing: Tensor) -> Tensor:
+    """Weights [T, k] with those of identity experts added up in a column of their own, for nothing tells them apart."""
+    if not bool(passing.any()):
+        return weights
+    return torch.cat([weights.masked_fill(passing, 0.0), (weights * passing).sum(1, keepdim=True)], 1)
 
 
 def supports(region: Region) -> Iterator[Tensor]:

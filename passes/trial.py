@@ -96,7 +96,7 @@ def _without_dropout(call: Call) -> bool:
         return False
     position = names.index("dropout_p")
     given = call.args[position] if position < len(call.args) else call.kwargs.get("dropout_p", 0.0)
-    return given == 0.0
+    return bool(given == 0.0)
 
 
 def _path(recording: Recording, call: Call) -> str:
