@@ -1,7 +1,10 @@
 """`torch.ops.latentize.latent_experts`: the routed experts at latent width, as one operator.
 
 One node in a traced graph, whatever the number of experts, so that export, compilation and engines see the block whole.
-The mathematics is `latentize.reference.experts_forward` without projections; the `kernels_*` files only order the work.
+The mathematics is `latentize.reference.experts_forward` without projections; the `kernels_*` files only order the work:
+`kernels_triton` on CUDA, `kernels_native` on CPU, `kernels_torch` where those do not serve, and for gradients on CUDA.
+Environment: `LATENTIZE_TRITON=0`, `LATENTIZE_TUNE=0` and `LATENTIZE_NATIVE=0` switch off the Triton kernels, their
+tuning, the compiled CPU kernels; `LATENTIZE_CACHE` is the folder that keeps what was compiled and measured.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize import kernels_native, kernels_torch
+from latentize import kernels_native, kernels_torch, kernels_triton
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
 
@@ -64,7 +67,8 @@ def compute(
         weights_on_input: whether a weight multiplies its expert's input instead of its output.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or an index is negative.
+        ValueError: shapes or dtypes do not fit together, or an index is negative. On CUDA a negative index makes its
+            token's output NaN instead: asking would stall the device.
     """
     a = activation
     combined: Tensor = latent_experts(
@@ -136,9 +140,11 @@ def _check(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts) -
 def _forward(hidden: Tensor, indices: Tensor, weights: Tensor, *rest: Any) -> Tensor:
     experts, activation, weights_on_input = Experts(*rest[:6]), Activation(*rest[6:13]), rest[13]
     _check(hidden, indices, weights, experts)
+    arguments = (hidden, indices, weights, experts, activation, weights_on_input)
+    if kernels_triton.serves(hidden, experts):
+        return kernels_triton.forward(*arguments)
     native = kernels_native.serves(hidden, experts) and kernels_native.pays(indices, experts)
-    kernels = kernels_native if native else kernels_torch
-    combined: Tensor = kernels.forward(hidden, indices, weights, experts, activation, weights_on_input)
+    combined: Tensor = (kernels_native if native else kernels_torch).forward(*arguments)
     return combined
 
 

@@ -1,0 +1,174 @@
+"""The routed experts on CUDA by Triton kernels: the choice of form, workspaces, launches. Forward only.
+
+Three forms (`kernels_triton_steps.choose_form`): decode for few tokens, fused and grouped for many. None asks the
+device anything, so all can be captured into a CUDA graph (run once before: see `kernels_triton_tune`). Results do not
+depend on scheduling: there are no atomics, and sums run in a fixed order.
+
+`LATENTIZE_TRITON=0`, a machine without Triton and dtypes other than fp32, bf16 and fp16 leave it to the plain torch
+kernels. Under `TRITON_INTERPRET=1` the kernels take CPU tensors too, one program at a time, for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentize.activations import Activation
+from latentize.kernels_torch import Experts
+from latentize.kernels_triton_steps import COMPARISONS, Config, Form, Plan, Problem, Step, choose_form, fitting, plan
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(hidden: Tensor, experts: Experts) -> bool:
+    """Whether these kernels can take the tensors as they are: on CUDA, rows contiguous, Triton at hand."""
+    if hidden.dtype not in _DTYPES or not _available():
+        return False
+    return (hidden.is_cuda or _interpreted()) and all(t is None or _rows_contiguous(t) for t in experts)
+
+
+def forward(
+    hidden: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    experts: Experts,
+    activation: Activation,
+    weights_on_input: bool,
+    form: Form | None = None,
+) -> Tensor:
+    """Combined output [T, l] of the selected experts on hidden [T, l]; indices and weights are [T, k].
+
+    An index that names no expert contributes nothing; the output of a token with a negative one is NaN, as raising
+    an error would stall the device. `form` is chosen by the number of tokens where it is None.
+    """
+    problem = problem_of(hidden, indices, experts, activation, weights_on_input)
+    if not indices.numel() or not hidden.numel():
+        return hidden.new_zeros(hidden.shape)
+    tokens = len(hidden)
+    chosen = plan(problem, tokens, form or choose_form(problem, tokens))
+    given = {
+        "hidden": hidden.contiguous(), "indices": indices.contiguous(), "weights": weights.contiguous(),
+        **experts._asdict(), "pairs": indices.numel(), "blocks": chosen.blocks(indices.numel(), problem.num_experts),
+    }  # fmt: skip
+    tensors = {**given, **workspaces(chosen, problem, hidden, tokens)}
+    with _on_device(hidden):
+        for step in chosen.steps:
+            if step.name == "sort_pairs" and given["pairs"] * step.constants["EXPERTS"] > COMPARISONS:
+                tensors |= sort_by_torch(tensors["indices"], given["blocks"], problem.num_experts, chosen.block)
+            else:
+                launch(step, tensors, tokens)
+    combined: Tensor = tensors["combined"]
+    return combined
+
+
+def problem_of(
+    hidden: Tensor, indices: Tensor, experts: Experts, activation: Activation, weights_on_input: bool
+) -> Problem:
+    """What the kernels are specialised to for these arguments of `forward`."""
+    e = experts
+    n, m, width = e.up.shape
+    exact = hidden.dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest"
+    strides: dict[str, Any] = {name: (t.stride(0), t.stride(1)) for name, t in e._asdict().items() if _is(t, 3)}
+    strides |= {name: t.stride(0) for name, t in e._asdict().items() if _is(t, 2)}
+    return Problem(
+        n, indices.shape[1], width, m, hidden.dtype, activation, weights_on_input,
+        **strides, precision="ieee" if exact else "tf32",
+    )  # fmt: skip
+
+
+def workspaces(chosen: Plan, problem: Problem, like: Tensor, tokens: int) -> dict[str, Tensor]:
+    """The output `combined` [T, l] and what the kernels hand one another, uninitialised, on the device of `like`."""
+    pairs, width, m = tokens * problem.top_k, problem.width, problem.intermediate
+    combined = {"combined": like.new_empty(tokens, width)}
+    if chosen.form == "decode":
+        return combined | {"activated": like.new_empty(pairs, m, dtype=torch.float32)}
+    blocks = chosen.blocks(pairs, problem.num_experts)
+    integers = like.new_empty(pairs + 3 * blocks, dtype=torch.int32)
+    names = ("order", "block_expert", "block_start", "block_rows")
+    parts = dict(zip(names, integers.split([pairs, blocks, blocks, blocks]), strict=True))
+    outputs = {"outputs": like.new_empty(pairs, chosen.splits, width)}
+    hidden_activations = {"activated": like.new_empty(pairs, m)} if chosen.form == "grouped" else {}
+    return combined | parts | outputs | hidden_activations
+
+
+def launch(step: Step, tensors: dict[str, Any], tokens: int) -> None:
+    """One step on the tensors and counts named by its kernel's parameters."""
+    arguments = [tensors[name] for name in step.arguments]
+
+    def attempt(config: Config) -> None:
+        step.kernel[step.grid(tokens, config.constants)](*arguments, **step.constants, **config.options())
+
+    if _interpreted():
+        attempt(step.configs[0])
+        return
+    from latentize import kernels_triton_tune as tune
+
+    device = torch.cuda.current_device()
+    configs = fitting(step.configs, _shared_memory(device))
+    if len(configs) > 1 and tune.may_tune():
+        attempt(tune.tuner(device).choose(step, configs, attempt))
+    else:
+        attempt(tune.tuner(device).known(step) or configs[0])
+
+
+def sort_by_torch(indices: Tensor, blocks: int, num_experts: int, block: int) -> dict[str, Tensor]:
+    """What the kernel `sort_pairs` computes, by a general sort: for many pairs. Asks the device nothing either."""
+    flat = indices.reshape(-1)
+    keys = torch.where(flat < 0, num_experts, flat.clamp_max(num_experts)).to(torch.int32)
+    in_order, order = torch.sort(keys, stable=True)
+    experts = torch.arange(num_experts, device=indices.device, dtype=torch.int32)
+    last_pair = torch.searchsorted(in_order, experts, right=True)
+    counts = torch.diff(last_pair, prepend=last_pair.new_zeros(1))
+    of_expert = (counts + block - 1) // block
+    last_block = of_expert.cumsum(0)
+    number = torch.arange(blocks, device=indices.device)
+    found = torch.searchsorted(last_block, number, right=True)
+    expert = found.clamp_max(num_experts - 1)
+    offset = (number - (last_block - of_expert)[expert]) * block
+    rows = torch.where(found < num_experts, (counts[expert] - offset).clamp(0, block), 0)
+    start = (last_pair - counts)[expert] + offset
+    results = {"order": order, "block_expert": expert, "block_start": start, "block_rows": rows}
+    return {name: tensor.to(torch.int32) for name, tensor in results.items()}
+
+
+def _is(tensor: Tensor | None, dimensions: int) -> bool:
+    return tensor is not None and tensor.dim() == dimensions
+
+
+def _rows_contiguous(tensor: Tensor) -> bool:
+    return tensor.shape[-1] <= 1 or tensor.stride(-1) == 1
+
+
+def _available() -> bool:
+    return os.environ.get("LATENTIZE_TRITON") != "0" and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreted() -> bool:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from latentize.kernels_triton_sort import sort_pairs
+
+    return isinstance(sort_pairs, InterpretedFunction)
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory that one block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
