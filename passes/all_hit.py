@@ -19,11 +19,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 #: Text of the assertions that stand for answers made up.
 ASSUMED = "latentize: every expert is hit"
-#: Comparisons with zero that hold for an expert without tokens.
-_IDLE = {"eq", "__eq__", "le", "__le__", "lt", "__lt__"}
-_NEGATIONS = {"logical_not", "__invert__", "bitwise_not", "logical_not_"}
+#: Comparisons of a count with 0 and with 1, and whether they say that an expert has no tokens.
+_COMPARED = {
+    ("eq", 0): True, ("le", 0): True, ("lt", 1): True, ("ne", 0): False, ("gt", 0): False, ("ge", 1): False,
+    ("greater", 0): False, ("less_equal", 0): True, ("greater_equal", 1): False, ("less", 1): True,
+    ("not_equal", 0): False,
+}  # fmt: skip
+_NEGATIONS = {"logical_not", "invert", "bitwise_not"}
 #: Calls that keep a truth value's meaning.
-_KEEPS = {"any", "all", "__getitem__", "select", "squeeze", "view", "reshape", "cpu", "to", "bool", "unbind", "flatten"}
+_KEEPS = {"all", "getitem", "select", "squeeze", "view", "reshape", "cpu", "to", "bool", "unbind", "flatten"}
 _BINCOUNTS = (torch.bincount, Tensor.bincount)
 _UNIQUES = (torch.unique, Tensor.unique, torch.unique_consecutive, Tensor.unique_consecutive)
 _NONZEROS = (torch.nonzero, Tensor.nonzero, torch.argwhere, Tensor.argwhere, torch.where)
@@ -57,19 +61,16 @@ class EveryExpertHit(TorchFunctionMode):
             return self._bincount(*args, **kwargs)
         if func in _UNIQUES and not x.is_floating_point():
             return self._unique(x, func, kwargs)
-        if func in _NONZEROS and len(args) == 1 and x.dim() == 1 and self._per_expert(x):
-            return self._nonzero(func, kwargs)
+        if func in _NONZEROS and len(args) == 1 and _fixed(x):
+            return self._nonzero(x.shape[0], func, kwargs)
         if func in _READERS:
             return self._read(_READERS[func], x)
         return NotImplemented
 
-    def _per_expert(self, x: Tensor) -> bool:
-        return isinstance(x.shape[0], int) and x.shape[0] == self.num_experts
-
-    def _experts(self) -> Tensor:
-        """The numbers of all experts [N]."""
-        numbers = torch.arange(self.num_experts)
-        self.shadows[numbers] = _outside(lambda: torch.arange(self.num_experts))
+    def _experts(self, count: int) -> Tensor:
+        """The numbers of `count` experts."""
+        numbers = torch.arange(count)
+        self.shadows[numbers] = _outside(lambda: torch.arange(count))
         return numbers
 
     def _bincount(self, x: Tensor, weights: Tensor | None = None, minlength: int = 0) -> Tensor:
@@ -80,37 +81,32 @@ class EveryExpertHit(TorchFunctionMode):
     def _unique(self, x: Tensor, func: Any, kwargs: Mapping[str, Any]) -> Any:
         if func in (torch.unique_consecutive, Tensor.unique_consecutive) and kwargs.get("return_inverse"):
             return NotImplemented
-        found = [self._experts()]
+        found = [self._experts(self.num_experts)]
         if kwargs.get("return_inverse"):
             found.append(x.long())
         if kwargs.get("return_counts"):
             found.append(self._bincount(x.reshape(-1)))
         return found[0] if len(found) == 1 else tuple(found)
 
-    def _nonzero(self, func: Any, kwargs: Mapping[str, Any]) -> Any:
-        experts = self._experts()
+    def _nonzero(self, count: int, func: Any, kwargs: Mapping[str, Any]) -> Any:
+        experts = self._experts(count)
         if func is torch.where or kwargs.get("as_tuple"):
             return (experts,)
-        return experts.unsqueeze(-1)
+        column = experts.unsqueeze(-1)
+        self._shadow(Tensor.unsqueeze, (experts, -1), {}, column)
+        return column
 
     def _read(self, kind: str, x: Tensor) -> Any:
         """What a tensor holds, as Python sees it."""
         if x in self.shadows:
             return _outside(lambda: _READ[kind](self.shadows[x]))
-        if kind == "bool":
-            if x.dtype != torch.bool or isinstance(x, torch.nn.Parameter):
-                return NotImplemented
-            answer = not self.idle.get(x, False)
+        if kind in {"bool", "number"} and x in self.idle:
+            answer = not self.idle[x]
             torch.ops.aten._assert_async.msg(x if answer else ~x, ASSUMED)
             return answer
-        if kind == "list" and x.dim() == 1 and self._per_expert(x) and not x.is_floating_point():
-            return [_several_of(x[e].item()) for e in range(self.num_experts)]
-        if kind == "array" and x.dim() == 1 and self._per_expert(x) and not x.is_floating_point():
-            import numpy
-
-            counts = numpy.empty(self.num_experts, dtype=object)
-            counts[:] = [_several_of(x[e].item()) for e in range(self.num_experts)]
-            return counts
+        if kind in {"list", "array"} and _fixed(x) and not x.is_floating_point():
+            counts = [_several_of(x[e].item()) for e in range(x.shape[0])]
+            return counts if kind == "list" else _array(counts)
         return NotImplemented
 
     def _shadow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -132,16 +128,19 @@ class EveryExpertHit(TorchFunctionMode):
 
     def _judge(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Note what truth values say about idle experts."""
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").strip("_")
         values = [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor) and r.dtype == torch.bool]
         if not values or not args or not isinstance(args[0], Tensor):
             return
-        if name in _IDLE and len(args) > 1 and isinstance(args[1], (int, float)):
-            says = args[1] == 0 if "lt" not in name else args[1] == 1
-        elif name in _NEGATIONS:
-            says = not self.idle.get(args[0], False)
-        elif name in _KEEPS:
+        second = args[1] if len(args) > 1 and isinstance(args[1], (int, float)) else None
+        if (name, second) in _COMPARED:
+            says = _COMPARED[name, second]
+        elif name == "any":
             says = self.idle.get(args[0], False)
+        elif name in _NEGATIONS and args[0] in self.idle:
+            says = not self.idle[args[0]]
+        elif name in _KEEPS and args[0] in self.idle:
+            says = self.idle[args[0]]
         else:
             return
         self.idle.update(dict.fromkeys(values, says))
@@ -160,6 +159,19 @@ _READERS: dict[Any, str] = {
 _READ: dict[str, Callable[[Tensor], Any]] = {
     "bool": bool, "number": lambda t: t.item(), "list": lambda t: t.tolist(), "array": lambda t: t.numpy()
 }  # fmt: skip
+
+
+def _fixed(x: Tensor) -> bool:
+    """Whether a tensor is a vector whose length does not depend on the inputs: one entry an expert."""
+    return x.dim() == 1 and isinstance(x.shape[0], int)
+
+
+def _array(counts: list[Any]) -> Any:
+    import numpy
+
+    array = numpy.empty(len(counts), dtype=object)
+    array[:] = counts
+    return array
 
 
 def _outside(function: Callable[[], Any]) -> Any:
