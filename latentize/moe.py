@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentize import ops
+from latentize.ops import check_indices, compute
 from latentize.routing import Routing, route
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
@@ -107,9 +107,9 @@ class LatentExperts(nn.Module):
         """Weighted sum [T, l] of the selected experts' outputs on latent [T, l]."""
         assert self.up is not None
         assert self.down is not None
-        ops.check_indices(indices, self.up.shape[0] + self.num_identity)
+        check_indices(indices, self.up.shape[0] + self.num_identity)
         latent = latent.to(self.up.dtype)  # autocast may have narrowed it
-        return ops.compute(
+        return compute(
             latent, indices, weights.to(latent.dtype), self.gate, self.up, self.down,
             self.gate_bias, self.up_bias, self.down_bias, self.activation, self.weights_on_input,
         )  # fmt: skip

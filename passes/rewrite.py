@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from latentize.errors import LatentizeError
 from latentize.moe import LatentMoE
 from latentize.passes import trace
-from latentize.passes.blocks import LatentBlock, RoutedExperts, hooked_router
-from latentize.passes.sites import GraphSite, PartsSite, RouterCall, Site, WholeSite
+from latentize.passes.boundaries import join, put, put_parts, put_whole
+from latentize.passes.sites import GraphSite, PartsSite, Site, WholeSite
 
 
 def replace_at(
@@ -43,9 +43,9 @@ def replace_at(
     for number, (name, moe) in enumerate(modules.items()):
         site = sites[name]
         if isinstance(site, PartsSite):
-            _replace_parts(result, site, moe)
+            put_parts(result, site, moe, _prefix(result, site, moe))
         elif isinstance(site, WholeSite):
-            result = _put(result, site.path, _whole(result, site, moe))
+            result = put_whole(result, site, moe)
         elif site.path is None:
             assert isinstance(result, fx.GraphModule)
             splice(result, site, moe, number)
@@ -54,7 +54,7 @@ def replace_at(
             captured = _capture(module, site) if template is None else trace.bound(template, module)
             splice(captured, site, moe, number)
             captured.training = module.training
-            result = _put(result, site.path, captured)
+            result = put(result, site.path, captured)
     if isinstance(result, fx.GraphModule):
         trace.clean(result)
     return result
@@ -70,52 +70,16 @@ def _get(model: nn.Module, path: str) -> nn.Module:
     return model.get_submodule(path)
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
-    if not path:
-        return module
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    old = owner._modules[name]
-    for other in model.modules():  # a block that is shared between places is replaced in each
-        for key, child in other._modules.items():
-            if child is old:
-                other._modules[key] = module
-    return model
-
-
-def _join(*paths: str) -> str:
-    return ".".join(p for p in paths if p)
-
-
-def _replace_parts(model: nn.Module, site: PartsSite, moe: LatentMoE) -> None:
-    router_path, experts_path = _join(site.path, site.router.path), _join(site.path, site.experts.path)
-    original = _get(model, router_path)
-    router = hooked_router(original, moe.router, site.router, _prefix(original, site.router, moe))
-    experts = RoutedExperts(moe.experts, site.experts)
-    experts.training = _get(model, experts_path).training
-    _put(model, router_path, router)
-    _put(model, experts_path, experts)
-
-
-def _prefix(original: nn.Module, call: RouterCall, moe: LatentMoE) -> nn.Module | None:
+def _prefix(model: nn.Module, site: PartsSite, moe: LatentMoE) -> nn.Module | None:
     """What the original router does to its input before its weight, as a graph."""
-    if not call.prefix:
+    if not site.router.prefix:
         return None
-    node, rank = call.prefix
+    original = _get(model, join(site.path, site.router.path))
+    node, rank = site.router.prefix
     assert moe.router.weight is not None
     example = moe.router.weight.detach().new_ones((2,) * (int(rank) - 1) + (moe.router.weight.shape[1],))
     graph = trace.capture(original, (example,), {})
     return trace.cut_at(graph, next(n for n in graph.graph.nodes if n.name == node))
-
-
-def _whole(model: nn.Module, site: WholeSite, moe: LatentMoE) -> nn.Module:
-    original = _get(model, site.path)
-    hooked = None
-    if site.router is not None:
-        hooked = hooked_router(_get(original, site.router.path), moe.router, site.router, None)
-    block = LatentBlock(moe, site, hooked)
-    block.training = original.training
-    return block
 
 
 def encode_example(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
