@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from latentize import kernels_triton, ops
+from latentize.activations import Activation
+from latentize.kernels_torch import Experts
+from latentize.kernels_triton import sort_by_torch
+from latentize.kernels_triton_steps import (
+    Config,
+    Plan,
+    Problem,
+    Step,
+    choose_form,
+    fitting,
+    fusing,
+    plan,
+    streaming,
+    tiling,
+)
+from latentize.kernels_triton_tune import ConfigRefusedError, Tuner
+
+SILU = Activation("silu")
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+def problem(experts=64, k=8, width=1024, m=768, dtype=torch.bfloat16, gated=True) -> Problem:
+    return Problem.contiguous(experts, k, width, m, dtype, SILU, gated=gated, biases=False)
+
+
+@needs_triton
+def test_kernels_in_the_interpreter():
+    """The cases are in test_kernels_triton_interpreted.py."""
+    cases = Path(__file__).with_name("test_kernels_triton_interpreted.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def arguments(dtype=torch.float32) -> tuple[torch.Tensor, Experts]:
+    up, down = torch.randn(4, 6, 3).to(dtype), torch.randn(4, 3, 6).to(dtype)
+    return torch.randn(5, 3).to(dtype), Experts(None, up, down, None, None, None)
+
+
+def test_cpu_tensors_are_left_to_other_kernels():
+    assert not kernels_triton.serves(*arguments())
+
+
+@pytest.mark.parametrize("obstacle", ["switch", "package", "dtype", "rows"])
+def test_what_cannot_be_served_falls_back(monkeypatch, obstacle):
+    """On a device all else would be served."""
+    monkeypatch.setattr(kernels_triton, "_interpreted", lambda: True)
+    monkeypatch.setattr(kernels_triton, "_installed", lambda: True)
+    hidden, experts = arguments()
+    assert kernels_triton.serves(hidden, experts)
+    if obstacle == "switch":
+        monkeypatch.setenv("LATENTIZE_TRITON", "0")
+    elif obstacle == "package":
+        monkeypatch.setattr(kernels_triton, "_installed", lambda: False)
+    elif obstacle == "dtype":
+        hidden, experts = arguments(torch.float64)
+    else:
+        experts = experts._replace(up=experts.up.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not kernels_triton.serves(hidden, experts)
+    indices, weights = torch.zeros(5, 2, dtype=torch.int64), torch.ones(5, 2, dtype=hidden.dtype)
+    assert torch.isfinite(ops.compute(hidden, indices, weights, *experts, SILU, False)).all()
+
+
+def test_importing_the_operator_imports_no_triton():
+    script = "import sys, latentize.ops, latentize.kernels_triton; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    "tokens, width, experts, k, form",
+    [
+        (1, 1024, 512, 22, "decode"),
+        (4, 1024, 512, 22, "decode"),
+        (64, 1024, 512, 22, "grouped"),
+        (64, 256, 512, 22, "fused"),
+        (1, 1024, 8, 8, "decode"),
+        (2, 1024, 8, 8, "grouped"),
+        (5, 64, 1, 1, "fused"),
+    ],
+)
+def test_form_follows_how_many_pairs_share_an_expert(tokens, width, experts, k, form):
+    assert choose_form(problem(experts, k, width), tokens) == form
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_blocks_of_sorted_pairs(seed):
+    """Every real pair stands once, in order, in a block of its expert; the bound on blocks holds."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, k, experts, block = ((1, 1, 1, 16), (50, 3, 7, 16), (200, 4, 3, 32), (9, 9, 1000, 16))[seed % 4]
+    indices = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
+    blocks = Plan("grouped", (), block, 1).blocks(indices.numel(), experts)
+    of = sort_by_torch(indices, blocks, experts, block)
+    flat, seen = indices.reshape(-1), []
+    for expert, start, rows in zip(of["block_expert"], of["block_start"], of["block_rows"], strict=True):
+        pairs = of["order"][start : start + rows]
+        assert (flat[pairs] == expert).all()
+        assert pairs.tolist() == sorted(pairs.tolist())
+        seen += pairs.tolist()
+    assert sorted(seen) == ((flat >= 0) & (flat < experts)).nonzero().flatten().tolist()
+
+
+def test_one_block_more_could_be_needed_never():
+    """The bound is reached: one expert with a full block and one pair, every other with one pair."""
+    indices = torch.cat([torch.zeros(17, dtype=torch.int64), torch.arange(1, 9)])[:, None]
+    bound = Plan("grouped", (), 16, 1).blocks(len(indices), 9)
+    used = sort_by_torch(indices, 100, 9, 16)["block_rows"].count_nonzero()
+    assert used <= bound <= used + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 100, 256])
+def test_configs_fit_the_sizes_and_the_smallest_devices(dtype, width):
+    p = problem(width=width, m=30, dtype=dtype)
+    for config in streaming(p, width):
+        assert config.constants["INNER"] < 2 * max(16, width)
+        assert config.constants["ROWS"] * config.constants["INNER"] * dtype.itemsize <= 4096 * 2
+    for configs in (streaming(p, width), tiling(p, 128, up=True), fusing(p, 64)):
+        assert fitting(configs, 101376)[0].shared <= 101376 * dtype.itemsize // 2
+        assert fitting(configs, 0) == (min(configs, key=lambda config: config.shared),)
+
+
+CONFIGS = tuple(Config({"ROWS": rows}) for rows in (1, 2, 4))
+SECONDS = {1: 3.0, 2: 1.0, 4: 2.0}
+
+
+class Clock:
+    """A device on which a config takes the seconds of a table, and others cannot run."""
+
+    def __init__(self, seconds):
+        self.seconds, self.measured = seconds, []
+
+    def __call__(self, attempt, config):
+        rows = config.constants["ROWS"]
+        self.measured.append(rows)
+        if rows not in self.seconds:
+            raise ConfigRefusedError("out of resource: shared memory")
+        return self.seconds[rows]
+
+
+def a_step(key="k") -> Step:
+    return Step("name", None, {}, lambda *_: (1,), CONFIGS, key)
+
+
+def test_tuner_takes_the_fastest_that_runs_and_measures_once():
+    clock = Clock({2: 2.0, 4: 1.0})
+    tuner = Tuner(None, clock)
+    assert tuner.known(a_step()) is None
+    with ThreadPoolExecutor(4) as pool:
+        chosen = list(pool.map(lambda _: tuner.choose(a_step(), CONFIGS, lambda _: None), range(8)))
+    assert set(map(id, chosen)) == {id(CONFIGS[2])}
+    assert clock.measured == [1, 2, 4]
+    assert tuner.known(a_step()) == CONFIGS[2]
+
+
+def test_tuner_keeps_choices_in_a_file(tmp_path):
+    path = tmp_path / "cache" / "choices.json"
+    for key in ("k", "another"):
+        Tuner(path, Clock(SECONDS)).choose(a_step(key), CONFIGS, lambda _: None)
+    assert set(json.loads(path.read_text())) == {"k", "another"}
+    again = Clock({})
+    assert Tuner(path, again).choose(a_step(), CONFIGS, lambda _: None) == CONFIGS[1]
+    assert again.measured == []
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"k": {"ROWS": 77}}'])
+def test_tuner_measures_again_where_the_file_is_of_no_use(tmp_path, content):
+    (tmp_path / "choices.json").write_text(content)
+    tuner = Tuner(tmp_path / "choices.json", Clock(SECONDS))
+    assert tuner.choose(a_step(), CONFIGS, lambda _: None) == CONFIGS[1]
+
+
+def test_tuner_says_why_no_config_runs():
+    with pytest.raises(RuntimeError, match="k: no configuration runs on this device: out of resource: shared memory"):
+        Tuner(None, Clock({})).choose(a_step(), CONFIGS, lambda _: None)
+
+
+@needs_triton
+def test_a_step_knows_its_arguments_constants_and_grid():
+    up, down = plan(problem(), 1, "decode").steps
+    assert up.arguments == ("hidden", "indices", "weights", "gate", "up", "gate_bias", "up_bias", "activated")
+    assert down.arguments[-1] == "combined"
+    assert (up.constants["WIDTH"], up.constants["TOP_K"], up.constants["UP_STRIDE"]) == (1024, 8, 768 * 1024)
+    assert up.grid(3, {"ROWS": 4}) == (24, 192)
+    assert plan(problem(), 1, "decode") is plan(problem(), 7, "decode")
+    sort, fused, combine = plan(problem(width=128), 64, "fused").steps
+    assert (sort.name, fused.name, combine.name) == ("sort_pairs", "fused", "combine")
+    assert fused.grid(64, {}) == (plan(problem(width=128), 64, "fused").blocks(512, 64) * fused.constants["SPLITS"],)

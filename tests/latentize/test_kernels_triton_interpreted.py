@@ -1,0 +1,266 @@
+"""The Triton kernels run by Triton's interpreter, against the fp64 reference: fp32 and fp16, its bf16 being wrong.
+
+Interpretation is decided when Triton is first imported: `test_kernels_triton.py` runs this file in its own process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs inside test_kernels_triton.py, under TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from latentize import kernels_triton, ops
+from latentize.activations import FUNCTIONS, Activation
+from latentize.kernels_torch import Experts
+from latentize.kernels_triton_math import activate
+from latentize.kernels_triton_steps import FORMS, Problem, plan
+from latentize.reference import experts_forward
+from latentize.routing import Routing
+from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
+
+SILU = Activation("silu")
+CLAMPED = {"alpha": 1.7, "gate_min": -0.9, "gate_max": 0.8, "up_min": -0.7, "up_max": 0.7, "up_offset": 1.0}
+#: Largest relative error: fp32 sums in another order; fp16 rounds hidden activations, pairs' outputs and the result.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3}
+
+
+class Call(NamedTuple):
+    hidden: Tensor
+    indices: Tensor
+    weights: Tensor
+    experts: Experts
+
+
+def call(tokens=5, experts=4, k=2, m=24, width=19, *, gated=True, biases=True, absent=1, seed=0) -> Call:
+    """Random fp64 arguments; `absent` expert numbers past the real ones may be selected."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    scores = torch.rand(tokens, experts + absent, generator=generator)
+    return Call(
+        normal(tokens, width),
+        scores.argsort(1)[:, :k],
+        normal(tokens, k),
+        Experts(
+            normal(experts, m, width) if gated else None,
+            normal(experts, m, width),
+            normal(experts, width, m),
+            normal(experts, m) if gated and biases else None,
+            normal(experts, m) if biases else None,
+            normal(experts, width) if biases else None,
+        ),
+    )
+
+
+def to(c: Call, dtype: torch.dtype) -> Call:
+    experts = Experts(*(None if t is None else t.to(dtype) for t in c.experts))
+    return Call(c.hidden.to(dtype), c.indices, c.weights.to(dtype), experts)
+
+
+def run(c: Call, form=None, activation: Activation = SILU, on_input: bool = False) -> Tensor:
+    assert kernels_triton.serves(c.hidden, c.experts)
+    return kernels_triton.forward(*c, activation, on_input, form)
+
+
+def reference(c: Call, activation: Activation = SILU, on_input: bool = False) -> Tensor:
+    c = to(c, torch.float64)
+    e = c.experts
+    router = RouterSpec(torch.empty(0), c.indices.shape[1], applies_to="input" if on_input else "output")
+    experts = ExpertsSpec(e.up, e.down, e.gate, e.gate_bias, e.up_bias, e.down_bias, activation)
+    return experts_forward(MoESpec(router, experts), c.hidden, Routing(c.weights, c.weights, c.indices))
+
+
+def assert_reference(c: Call, form=None, activation: Activation = SILU, on_input: bool = False) -> None:
+    actual, expected = run(c, form, activation, on_input), reference(c, activation, on_input)
+    assert actual.dtype == c.hidden.dtype
+    scale = expected.norm() if expected.norm() > 0 else 1.0
+    assert float((actual.double() - expected).norm() / scale) < TOLERANCE[c.hidden.dtype]
+
+
+@triton.jit
+def activations(
+    gate, up, out, GATED: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, GATE_MIN: tl.constexpr,
+    GATE_MAX: tl.constexpr, UP_MIN: tl.constexpr, UP_MAX: tl.constexpr, UP_OFFSET: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    at = tl.arange(0, SIZE)
+    g, u = tl.load(gate + at), tl.load(up + at)
+    h = activate(g, u, GATED, ACTIVATION, ALPHA, GATE_MIN, GATE_MAX, UP_MIN, UP_MAX, UP_OFFSET)
+    tl.store(out + at, h)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("options", [{}, CLAMPED], ids=["plain", "clamped"])
+def test_every_activation_elementwise(name, gated, options):
+    """From the smallest arguments to saturation, each to a few roundings of its own value."""
+    magnitudes = torch.logspace(-6, 1.9, 511)
+    gate = torch.cat([magnitudes, -magnitudes, torch.tensor([0.0, float("nan")])])
+    up = gate.flip(0) if gated else gate
+    out = torch.empty_like(gate)
+    a = Activation(name, **options)
+    scalars = (a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset)
+    activations[(1,)](gate, up, out, gated, name, *scalars, len(gate))
+    expected = a(gate.double() if gated else None, up.double())
+    # erf and 1 + tanh cancel for large negative arguments: there the error is relative to the argument.
+    absolute = 4e-7 * gate.double().abs() * up.double().abs().clamp_min(1) if "gelu" in name else 1e-40
+    error = (out.double() - expected).abs()
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert bool((error <= 2e-6 * expected.abs() + absolute)[~expected.isnan()].all())
+
+
+VARIANTS = list(itertools.product([True, False], [True, False], [True, False]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("gated, biases, on_input", VARIANTS)
+def test_every_form_is_the_reference(form, gated, biases, on_input):
+    assert_reference(to(call(gated=gated, biases=biases), torch.float32), form, Activation("gelu", **CLAMPED), on_input)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_precision(form):
+    assert_reference(to(call(6, width=32, m=32), torch.float16), form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_sizes_and_routings(form):
+    rng = random.Random(5)
+    for seed in range(5):
+        experts = rng.choice([1, 2, 5])
+        sizes = {"m": rng.choice([1, 3, 33, 70]), "width": rng.choice([1, 7, 16, 50])}
+        tokens, k, absent = rng.choice([1, 2, 7]), rng.randint(1, experts), rng.choice([0, 2])
+        c = call(tokens, experts, k, **sizes, gated=rng.random() < 0.6, absent=absent, seed=seed)
+        assert_reference(to(c, torch.float32), form, on_input=rng.random() < 0.3)
+
+
+@pytest.mark.parametrize("form", ["fused", "grouped"])
+def test_all_tokens_to_one_expert_and_several_blocks_of_it(form):
+    c = to(call(40, experts=3, k=1, absent=0), torch.float32)
+    assert_reference(c._replace(indices=torch.full_like(c.indices, 2)), form)
+
+
+def test_many_experts_and_a_large_top_k():
+    c = to(call(2, experts=1024, k=32, m=4, width=5, gated=False), torch.float32)
+    for form in FORMS:
+        assert_reference(c, form)
+
+
+def test_the_form_is_chosen_by_the_number_of_tokens(monkeypatch):
+    chosen = []
+    real = kernels_triton.plan
+    monkeypatch.setattr(kernels_triton, "plan", lambda p, t, form: chosen.append(form) or real(p, t, form))
+    for tokens in (1, 9):
+        assert_reference(to(call(tokens), torch.float32))
+    assert chosen == ["decode", "fused"]
+
+
+def test_no_tokens():
+    c = to(call(0), torch.float32)
+    assert run(c).shape == (0, 19)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_numbers_that_name_no_expert(form):
+    """Past the experts: nothing. Negative: NaN for that token, and nothing is read."""
+    c = to(call(4, absent=0), torch.float32)
+    c.indices[0] = 99
+    c.indices[1, 0] = 2**32 + 1
+    assert_reference(c, form)
+    c.indices[2, 1] = -1
+    output = run(c, form)
+    assert output[2].isnan().all()
+    assert not output[[0, 1, 3]].isnan().any()
+    assert not output[0].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_passes_through_to_those_it_concerns(form):
+    c = to(call(6, absent=0, biases=False), torch.float32)
+    c.hidden[1] = float("nan")
+    c.experts.down[2, 3, 0] = float("nan")
+    output = run(c, form, Activation("relu"))
+    assert output[1].isnan().all()
+    assert torch.equal(output[:, 3].isnan(), (c.indices == 2).any(1) | (torch.arange(6) == 1))
+    assert not output[[0, 2, 3, 4, 5]][:, :3].isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_halves_of_a_stack_strided_tokens_and_misaligned_weights(form):
+    c = to(call(4, m=16, width=16), torch.float32)
+    e = c.experts
+    stacked = torch.cat([e.gate, e.up], 1)
+    shifted = torch.empty(e.down.numel() + 1)
+    shifted[1:] = e.down.flatten()
+    experts = e._replace(gate=stacked[:, :16], up=stacked[:, 16:], down=shifted[1:].view(e.down.shape))
+    strided = Call(c.hidden.T.contiguous().T, c.indices.T.contiguous().T, c.weights.T.contiguous().T, experts)
+    assert not strided.hidden.is_contiguous()
+    assert not experts.up.is_contiguous()
+    assert_close(run(strided, form), run(c, form), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_past_two_to_the_31_elements(form):
+    c = to(call(3, experts=2, k=2, m=8, width=16, gated=False, biases=False, absent=0), torch.float16)
+    pages = torch.empty(2**31 + 1024, dtype=torch.float16)  # those never touched take no memory
+    up, down = pages.as_strided((2, 8, 16), (2**31, 16, 1)), pages.as_strided((2, 16, 8), (2**31, 8, 1), 512)
+    up.copy_(c.experts.up)
+    down.copy_(c.experts.down)
+    far = Experts(None, up, down, None, None, None)
+    assert_close(run(c._replace(experts=far), form), run(c, form), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (7, 3, 2), (40, 5, 3), (300, 4, 1)])
+def test_the_sorting_kernel_is_the_general_sort(tokens, experts, k):
+    generator = torch.Generator().manual_seed(tokens)
+    indices = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
+    problem = Problem.contiguous(experts, k, 16, 16, torch.float32, SILU, gated=False, biases=False)
+    chosen = plan(problem, tokens, "grouped")
+    blocks = chosen.blocks(indices.numel(), experts)
+    expected = kernels_triton.sort_by_torch(indices, blocks, experts, chosen.block)
+    tensors = kernels_triton.workspaces(chosen, problem, torch.empty(0), tokens)
+    given = {"indices": indices, "pairs": indices.numel(), "blocks": blocks, **tensors}
+    kernels_triton.launch(chosen.steps[0], given, tokens)
+    used = expected["block_rows"] > 0
+    assert torch.equal(given["order"], expected["order"])
+    assert torch.equal(given["block_rows"], expected["block_rows"])
+    for name in ("block_expert", "block_start"):
+        assert torch.equal(given[name][used], expected[name][used])
+
+
+def test_the_operator_uses_them_with_gradients_and_passes_opcheck():
+    c = to(call(3), torch.float32)
+    leaves = [t.requires_grad_() for t in (c.hidden, c.weights, *c.experts)]
+    output = ops.compute(*c[:3], *c.experts, SILU, False)
+    assert_close(output, run(c), rtol=0, atol=0)
+    exact = to(c, torch.float64)
+    others = [t.detach().requires_grad_() for t in (exact.hidden, exact.weights, *exact.experts)]
+    expected = reference(Call(others[0], c.indices, others[1], Experts(*others[2:])))
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    ours, theirs = torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, others, grad.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).norm() / b.norm()) < 3e-6
+    torch.library.opcheck(ops.latent_experts, (*c[:3], *c.experts, "silu", 1.0, None, None, None, None, 0.0, False))
+
+
+def test_compiled_graphs_hold_the_operator():
+    compiled = torch.compile(run_operator, fullgraph=True, backend="aot_eager")
+    c = to(call(3), torch.float32)
+    assert_close(compiled(*c[:3], *c.experts), run_operator(*c[:3], *c.experts), rtol=0, atol=0)
+
+
+def run_operator(hidden, indices, weights, *experts):
+    return ops.compute(hidden, indices, weights, *experts, SILU, False)
