@@ -22,7 +22,7 @@ from latentize.passes.rewrite import replace_at
 from latentize.passes.scan import CLIMB, Scan, scan, untouched
 from latentize.passes.sites import GraphSite, Site
 from latentize.passes.structure import find_structure, is_meta
-from latentize.passes.trace import CaptureError
+from latentize.passes.trace import CaptureError, quiet
 from latentize.passes.trial import Trial, lift_module, named_state
 from latentize.passes.verify import Candidate, difference, run_double, verify
 from latentize.spec import MoESpec
@@ -175,9 +175,14 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
     for site, template in _places(module, path, item, reasons):
         candidate = Candidate(module, site, spec, _share(binding), _outputs(binding), template)
         try:
-            probes, reason = verify(candidate, item.randomised, prober)
+            with quiet():
+                probes, reason = verify(candidate, item.randomised, prober)
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
+            continue
+        except Exception as error:  # a graph may hold for some shapes only
+            _log.debug("proving %r failed", name, exc_info=True)
+            reasons.append(f"it does not run on all inputs once it is rewritten: {_line(error)}")
             continue
         if not reason:
             if isinstance(site, GraphSite) and site.path is None:

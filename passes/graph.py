@@ -23,6 +23,8 @@ RESHAPES = frozenset(
 )  # fmt: skip
 #: Calls that turn axes, which keeps the order when the turned axes have length 1.
 TURNS = frozenset({"permute", "transpose", "t", "movedim", "expand"})
+#: Calls that take a part of a tensor or put parts together: the same numbers where there is but one part.
+_PARTS = frozenset({"select", "unbind", "slice", "split", "split_with_sizes", "chunk", "stack", "cat"})
 #: Calls that add their source operand onto their first operand at some positions.
 _ACCUMULATIONS = frozenset({"index_add", "scatter_add", "index_put", "scatter_reduce"})
 #: Calls that take only shape, dtype and device from their tensor operands.
@@ -89,7 +91,7 @@ def cuts(flow: set[Value], beyond: set[Value]) -> list[Value]:
 
 def base(value: Value) -> Value:
     """The value that `value` is a reshape or copy of."""
-    while value.call is not None and value.call.name in RESHAPES | TURNS:
+    while value.call is not None and value.call.name in RESHAPES | TURNS | _PARTS:
         source = value.call.inputs[0]
         if source.tensor.numel() != value.tensor.numel() or (
             value.call.name in TURNS and not _same_order(source, value)
@@ -117,7 +119,7 @@ def terms(value: Value, dependent: set[Value]) -> tuple[list[Value], list[Value]
         call = item.call
         if call is None:
             routed.append(item)
-        elif call.name in RESHAPES and call.inputs[0].tensor.numel() == item.tensor.numel():
+        elif call.name in RESHAPES | _PARTS and call.inputs[0].tensor.numel() == item.tensor.numel():
             stack.append(call.inputs[0])
         elif call.name == "add" and all(v.tensor.numel() == item.tensor.numel() for v in call.inputs):
             stack.extend(call.inputs)

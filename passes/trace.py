@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -49,7 +50,7 @@ def capture(
     shapes = _spread(module, named)
     follow = EveryExpertHit(experts) if experts else contextlib.nullcontext()
     try:
-        with torch.no_grad(), _config.patch(backed_size_oblivious=True), _quiet(), follow:  # type: ignore[attr-defined]
+        with torch.no_grad(), _config.patch(backed_size_oblivious=True), quiet(), follow:  # type: ignore[attr-defined]
             program = torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             graph = program.module(check_guards=False)
     except Exception as error:  # export raises many kinds
@@ -76,8 +77,8 @@ def bound(template: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep export's own log of a failure, which is not one of ours, off the terminal."""
+def quiet() -> Iterator[None]:
+    """Keep what export logs and prints of a failure, which is not one of ours, off the terminal."""
     loggers = [
         logging.getLogger(name)
         for name in ("torch._subclasses.fake_tensor", "torch.export", "torch.fx.experimental.symbolic_shapes")
@@ -86,7 +87,8 @@ def _quiet() -> Iterator[None]:
     for log in loggers:
         log.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)

@@ -46,7 +46,12 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tup
     for inputs in _attempts(prober, heads[0], double):
         recording = _record(double, inputs)
         found, reasons = [], []
-        for head in _heads(recording, innermost)[0]:
+        heads = _heads(recording, innermost)[0]
+        single = prober.random("lift", 1, TOKENS, SEED, spread=1.0) if _repeat(heads) else None
+        if single is not None:
+            inputs, recording = single, _record(double, single)
+            heads = _heads(recording, innermost)[0]
+        for head in heads:
             binding, reason = lift(head)
             if binding is None:
                 reasons.append(reason)
@@ -55,6 +60,12 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tup
         if found or not reasons:
             return found, reasons
     return [], reasons
+
+
+def _repeat(heads: list[Head]) -> bool:
+    """Whether one router was used several times, as where a batch is worked through sequence by sequence."""
+    weights = [frozenset().union(*map(_sources, head.weight.values)) for head in heads]
+    return len(set(weights)) < len(weights)
 
 
 def _record(module: nn.Module, inputs: Inputs) -> Recording:
