@@ -153,7 +153,8 @@ def block_rows(problem: Problem, tokens: int, form: Form) -> int:
     if form == "decode":
         return 16
     share = power_of_two(max(1, tokens * problem.top_k // problem.num_experts))
-    return min(64 if form == "fused" else 128, max(16, share))
+    largest = 128 if form == "grouped" else 128 // problem.dtype.itemsize  # fused: they stay in shared memory whole
+    return min(largest, max(16, share))
 
 
 def plan(problem: Problem, tokens: int, form: Form) -> Plan:

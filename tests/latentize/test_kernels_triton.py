@@ -20,6 +20,7 @@ from latentize.kernels_triton_steps import (
     Plan,
     Problem,
     Step,
+    block_rows,
     choose_form,
     fitting,
     fusing,
@@ -131,8 +132,9 @@ def test_configs_fit_the_sizes_and_the_smallest_devices(dtype, width):
     for config in streaming(p, width):
         assert config.constants["INNER"] < 2 * max(16, width)
         assert config.constants["ROWS"] * config.constants["INNER"] * dtype.itemsize <= 4096 * 2
-    for configs in (streaming(p, width), tiling(p, 128, up=True), fusing(p, 64)):
-        assert fitting(configs, 101376)[0].shared <= 101376 * dtype.itemsize // 2
+    largest = block_rows(p, 10**6, "fused")
+    for configs in (streaming(p, width), tiling(p, 128, up=True), fusing(p, largest)):
+        assert fitting(configs, 101376)[0].shared <= 101376
         assert fitting(configs, 0) == (min(configs, key=lambda config: config.shared),)
 
 
