@@ -109,7 +109,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; training modes, buffers, plain attributes and random states are put back on leaving."""
     modes = {m: m.training for m in model.modules()}
     plain = {m: {k: v for k, v in vars(m).items() if isinstance(v, _PLAIN)} for m in modes}
-    generators = [(v, v.get_state()) for m in modes for v in vars(m).values() if isinstance(v, torch.Generator)]
+    held = pytree.tree_leaves([list(vars(m).values()) for m in modes])
+    generators = [(v, v.get_state()) for v in held if isinstance(v, torch.Generator)]
     buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b is not None and not b.is_meta}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
