@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from latentize import artefact, card, conversion, passes
+from latentize import artefact, card, conversion, passes, remote_code
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
 from latentize.conversion import Prepared, Rewritten, Survey
@@ -18,6 +18,7 @@ from latentize.inputs import Batch
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
+from latentize.remote_code import Support
 from latentize.report import Errors
 from latentize.sources import check_finite
 from latentize.staging import staged
@@ -66,7 +67,10 @@ class Result:
         origin = self._origin if self._origin is not None else Origin.of(self.model)
         sites = {found.block.name: passes.site_to_json(found) for found in self._found}
         blocks = {name: SavedBlock(sites[name], module.spec) for name, module in self.rewritten.items()}
-        (folder / "README.md").write_text(card.model_card(self, origin), encoding="utf-8")
+        support = Support()
+        if origin.config is not None:
+            support = remote_code.support(self.model.config, origin.class_name, sites)
+        (folder / "README.md").write_text(card.model_card(self, origin, support), encoding="utf-8")
         artefact.write(folder, self.model, origin, blocks, self.recipe.model_dump(mode="json"))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentize import __version__, store, tensors
+from latentize import __version__, remote_code, store, tensors
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.moe import LatentExperts, LatentMoE
 from latentize.sources import Form, Source, evaluation_mode, first_line
@@ -86,7 +86,10 @@ def write(
     """
     _check_blocks(model, blocks)
     aliases = tensors.save_state(model, folder)
-    _write_structure(folder, model, origin)
+    described = {
+        name: {"site": block.site, "spec": store.encode(block.spec, _outline)} for name, block in blocks.items()
+    }
+    _write_structure(folder, model, origin, described)
     manifest = {
         "format": "latentize",
         "schema_version": SCHEMA_VERSION,
@@ -100,9 +103,7 @@ def write(
             "config": origin.config,
         },
         "recipe": dict(recipe),
-        "blocks": {
-            name: {"site": block.site, "spec": store.encode(block.spec, _outline)} for name, block in blocks.items()
-        },
+        "blocks": described,
         "aliases": aliases,
     }
     manifest["files"] = sorted({file.name for file in folder.iterdir()} | {MANIFEST})
@@ -230,9 +231,11 @@ def _check_blocks(model: nn.Module, blocks: Mapping[str, SavedBlock]) -> None:
         )
 
 
-def _write_structure(folder: Path, model: nn.Module, origin: Origin) -> None:
+def _write_structure(
+    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, Mapping[str, Any]]
+) -> None:
     if origin.config is not None:
-        _write_transformers(folder, model, origin)
+        _write_transformers(folder, model, origin, blocks)
     if origin.path is None or not origin.path.is_file():
         return
     if origin.form == "file":
@@ -243,8 +246,10 @@ def _write_structure(folder: Path, model: nn.Module, origin: Origin) -> None:
         copy_graph(origin.path, folder / origin.path.name)
 
 
-def _write_transformers(folder: Path, model: Any, origin: Origin) -> None:
-    model.config.save_pretrained(folder)
+def _write_transformers(
+    folder: Path, model: Any, origin: Origin, blocks: Mapping[str, Mapping[str, Any]]
+) -> None:
+    remote_code.write(folder, model.config, origin.class_name, blocks)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
@@ -270,7 +275,7 @@ def _rebuild_transformers(origin: Origin, folder: Path) -> nn.Module:
         from transformers.initialization import no_init_weights
     except ImportError:
         raise MissingExtraError("transformers", "hf", f"loading a {origin.class_name}") from None
-    values = dict(origin.config or {})
+    values = _plain_floats(dict(origin.config or {}))
     model_class = getattr(transformers, origin.class_name, None)
     if model_class is None or values.get("model_type") not in transformers.CONFIG_MAPPING:
         raise LatentizeError(
@@ -286,6 +291,15 @@ def _rebuild_transformers(origin: Origin, folder: Path) -> nn.Module:
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     rebuilt: nn.Module = model
     return rebuilt
+
+
+def _plain_floats(value: Any) -> Any:
+    """A configuration's values with the infinities that transformers writes as {"__float__": "Infinity"} put back."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain_floats(item) for key, item in value.items()}
+    return [_plain_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _origin_file(origin: Origin) -> Path | None:

@@ -11,16 +11,17 @@ from latentize import __version__
 if TYPE_CHECKING:
     from latentize.api import Result
     from latentize.artefact import Origin
+    from latentize.remote_code import Support
 
 
-def model_card(result: Result, origin: Origin) -> str:
-    """Markdown that says what was converted, how, and what it cost."""
+def model_card(result: Result, origin: Origin, support: Support) -> str:
+    """Markdown that says what was converted, how, what it cost, and (`support`) what opens it."""
     recipe = yaml.safe_dump(result.recipe.model_dump(mode="json"), sort_keys=False).strip()
     parts = [
         f"# {origin.class_name}, converted to LatentMoE",
         _summary(result),
         "## Use",
-        f"```python\n{_usage(origin)}\n```",
+        f"```python\n{_usage(origin, support)}\n```",
         "## Recipe",
         f"```yaml\n{recipe}\n```",
         "## Blocks",
@@ -45,10 +46,19 @@ def _summary(result: Result) -> str:
     )
 
 
-def _usage(origin: Origin) -> str:
+def _usage(origin: Origin, support: Support) -> str:
     if origin.config is None and origin.form == "module":
         return 'import latentize\n\nmodel = latentize.load(".", model=build_the_original())'
-    return 'import latentize\n\nmodel = latentize.load(".")'
+    usage = 'import latentize\n\nmodel = latentize.load(".")'
+    if support.auto:
+        name = support.auto[0]
+        usage += (
+            f"\n\n# or, where latentize is not installed:\nfrom transformers import {name}\n\n"
+            f'model = {name}.from_pretrained(".", trust_remote_code=True)'
+        )
+    elif support.reason:
+        usage += f"\n# transformers alone cannot rebuild it: {support.reason}"
+    return usage
 
 
 def _blocks(result: Result) -> str:

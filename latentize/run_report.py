@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _FORMS = {"file": "model.py", "hf": "huggingface", "pt2": "pt2", "module": "python"}
 _FILES = {
-    "latentize.json": "what rebuilds the model", "README.md": "model card", report.JSON_NAME: "this run, as data",
+    "latentize.json": "what rebuilds the model", "README.md": "model card",
+    "modeling_latent.py": "rebuilds the model in transformers alone", report.JSON_NAME: "this run, as data",
     report.HTML_NAME: "this run, as a page", REWRITTEN: "the rewritten model as an ONNX graph",
     ORIGINAL: "the original as an ONNX graph, to compare with", "config.json": "transformers configuration",
 }  # fmt: skip

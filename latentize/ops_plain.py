@@ -1,0 +1,28 @@
+"""What `latentize.ops` computes, in plain PyTorch: for modelling files that go where latentize is not installed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latentize.activations import Activation
+from latentize.reference import experts_forward
+from latentize.routing import Routing
+from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
+
+
+def check_indices(indices: Tensor, count: int) -> None:
+    """Nothing: the plain loop over experts never reads past them."""
+    del indices, count
+
+
+def compute(
+    hidden: Tensor, indices: Tensor, weights: Tensor, gate: Tensor | None, up: Tensor, down: Tensor,
+    gate_bias: Tensor | None, up_bias: Tensor | None, down_bias: Tensor | None,
+    activation: Activation, weights_on_input: bool,
+) -> Tensor:  # fmt: skip
+    """Combined output [T, l] of the selected experts; arguments as those of `latentize.ops.compute`."""
+    experts = ExpertsSpec(up, down, gate, gate_bias, up_bias, down_bias, activation)
+    applies_to = "input" if weights_on_input else "output"
+    router = RouterSpec(torch.empty(0), indices.shape[-1], applies_to=applies_to)  # type: ignore[arg-type]
+    return experts_forward(MoESpec(router, experts), hidden, Routing(weights, weights, indices))
