@@ -101,7 +101,7 @@ def _regions_at(head: Head, output: Value) -> Iterator[Region]:
     beyond = {v for v in inside if v in head.dependent and v is not head.logits}
     candidates = [v for v in graph.cuts(entering, beyond) if _carries_tokens(v, output)]
     router_base = graph.base(head.projection.activation)
-    candidates.sort(key=lambda v: (graph.base(v) is not router_base, -v.index))
+    candidates.sort(key=lambda v: (graph.base(v) is not router_base, -graph.base(v).index, v.index))
     tried: set[Value] = set()
     for hidden in candidates:
         if graph.base(hidden) in tried or not _plausible(head, hidden, width):

@@ -243,6 +243,8 @@ def _affine_path(start: Value, selections: list[Call]) -> list[tuple[Call, Value
             break
         path.append((call, onward[0]))
         value = onward[0]
+    if path and any(c.name == "tanh" for c in value.users) and path[-1][0].name in {"mul", "div"}:
+        path.pop()  # the division of a softcap
     while path and path[-1][0].name in _TRAILING:
         path.pop()
     return path

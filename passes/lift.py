@@ -119,7 +119,7 @@ def _rows_of_experts(experts: Tensor, rows: Tensor, count: int) -> list[int] | N
         rows: [T, k] router rows that were selected.
         count: number of both.
     """
-    if experts.shape != rows.shape or int(experts.max()) >= count:
+    if experts.shape != rows.shape or max(int(experts.max()), int(rows.max())) >= count:
         return None
     used, chosen = (torch.zeros(len(t), count).scatter(1, t, 1.0) for t in (experts, rows))
     together = used.T @ chosen

@@ -116,6 +116,22 @@ class Prober:
         shape = (1, *rows.shape) if like.dim() == 3 else rows.shape
         return self.with_hidden(name, rows.reshape(shape).to(like.dtype))
 
+    #: Tokens of the inputs with gaps.
+    GAPPED = 12
+
+    def with_gaps(self, name: str, seed: int) -> tuple[Inputs, list[int]] | None:
+        """Random tokens with some of all zeros among them, as padding leaves them, and which those are."""
+        like = self.hidden
+        if like is None or like.dim() > 3:
+            return None
+        empty = [3, 7, 8]
+        found = self.random(name, 1, self.GAPPED, seed)
+        assert found is not None
+        (tensor,) = [a for a in pytree.tree_leaves((found.args, found.kwargs)) if isinstance(a, Tensor)]
+        filled = tensor.clone()
+        filled.view(self.GAPPED, -1)[empty] = 0
+        return self.with_hidden(name, filled), empty
+
     def proofs(self, seed: int) -> list[Inputs]:
         """Inputs that a lift must survive: the example, one token, odd lengths, a batch, all tokens alike."""
         found = [self.seen()]
