@@ -17,7 +17,7 @@ from latentize.routing import Routing
 from latentize.spec import MoESpec
 
 #: Standard deviation of the difference between two siblings' logits.
-SPLIT = 0.25
+SPLIT = 0.5
 
 #: The same between two banks of experts.
 BANK_SPLIT = 0.1

@@ -17,14 +17,16 @@ from latentize import passes
 from latentize.compare import block_errors
 from latentize.errors import LatentizeError
 from latentize.initialise import initialise
-from latentize.inputs import Batch, observing
+from latentize.inputs import Batch, Inputs, observing
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan, make_plan
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
+from latentize.reread import Reading, reread
 from latentize.sources import as_inputs, check_runs, first_line, out_of_memory
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics, collect
+from latentize.taps import tapped
 
 if TYPE_CHECKING:
     from latentize.passes import Found
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 MOMENT_TOKENS = 131072
 SAMPLE_TOKENS = 32768
 ERROR_BATCHES = 4
+
+#: Groups of blocks that are initialised one after the other, each on what the ones before it make it read.
+STAGES = 8
 
 
 @dataclass(frozen=True)
@@ -207,8 +212,14 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before the first latent weight exists: the exact teacher, what data says of it, and the plan."""
+    """What is known before the first latent weight exists: the exact teacher, what data says of it, and the plan.
 
+    `model`, `selected` and `batches` are what it was prepared from.
+    """
+
+    model: nn.Module
+    selected: Sequence[Found]
+    batches: Sequence[Batch]
     teacher: Rewritten
     statistics: Mapping[str, BlockStatistics] | None
     plans: Mapping[str, BlockPlan]
@@ -236,7 +247,8 @@ def prepare(
     teacher = canonical(model, selected)
     if statistics is None and batches and recipe.init == "activation":
         statistics = measure(teacher, recipe, batches, progress)
-    return Prepared(teacher, statistics, make_plan(teacher.specs, recipe, statistics))
+    plans = make_plan(teacher.specs, recipe, statistics)
+    return Prepared(model, selected, batches, teacher, statistics, plans)
 
 
 def measure(
@@ -247,27 +259,62 @@ def measure(
     Raises:
         LatentizeError: the model rejects a batch, or its activations are never finite.
     """
-    first = collect(teacher.model, teacher.blocks, batches[:1], max_tokens=1)
-    tokens = max(1, max(block.tokens for block in first.values()))
-    used = batches[:: max(1, len(batches) * tokens // MOMENT_TOKENS)]
+    used = _measured(teacher, batches)
     return collect(teacher.model, teacher.blocks, used, max_tokens=SAMPLE_TOKENS, seed=recipe.seed, progress=progress)
+
+
+def _measured(teacher: Rewritten, batches: Sequence[Batch]) -> Sequence[Batch]:
+    """Evenly spaced batches that add up to about `MOMENT_TOKENS`."""
+    first = collect(teacher.model, teacher.blocks, batches[:1], max_tokens=1, gradient_tokens=0)
+    tokens = max(1, max(block.tokens for block in first.values()))
+    return batches[:: max(1, len(batches) * tokens // MOMENT_TOKENS)]
 
 
 def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> dict[str, MoESpec]:
     """The latent spec of every block, computed from the original's weights and the statistics.
 
+    Blocks are computed in the order in which the model runs them, up to `STAGES` groups of them one after the other:
+    what a group reads is measured with all earlier groups latent, so that it can make up for what they lose.
     The recipe's dtype is that of experts and projections; routers keep theirs, since rounding changes who is chosen.
     """
-    specs = {}
-    for done, (name, plan) in enumerate(prepared.plans.items()):
-        progress(done, len(prepared.plans), name)
-        statistics = None if prepared.statistics is None else prepared.statistics[name]
-        spec = initialise(prepared.teacher.blocks[name].spec, plan, statistics, seed=recipe.seed)
-        specs[name] = (
-            spec if recipe.dtype is None else replace(spec.to(getattr(torch, recipe.dtype)), router=spec.router)
-        )
+    specs: dict[str, MoESpec] = {}
+    for stage in _stages(prepared):
+        readings = _readings(prepared, specs, stage)
+        for name in stage:
+            progress(len(specs), len(prepared.plans), name)
+            statistics = None if prepared.statistics is None else prepared.statistics[name]
+            spec = initialise(
+                prepared.teacher.blocks[name].spec, prepared.plans[name], statistics,
+                reading=readings.get(name), seed=recipe.seed,
+            )  # fmt: skip
+            specs[name] = (
+                spec if recipe.dtype is None else replace(spec.to(getattr(torch, recipe.dtype)), router=spec.router)
+            )
     progress(len(prepared.plans), len(prepared.plans))
-    return specs
+    return {name: specs[name] for name in prepared.plans}
+
+
+def _stages(prepared: Prepared) -> list[list[str]]:
+    """The blocks' names in the order in which the model runs them, in at most `STAGES` groups of about equal size."""
+    names = list(prepared.plans)
+    if prepared.statistics is None:
+        return [names]
+    order: dict[str, None] = {}
+    with observing(prepared.teacher.model), tapped(prepared.teacher.blocks, lambda name, _: order.setdefault(name)):
+        Inputs.of(prepared.batches[0]).call(prepared.teacher.model)
+    names = [*order, *(name for name in names if name not in order)]
+    count = min(STAGES, len(names))
+    return [names[len(names) * i // count : len(names) * (i + 1) // count] for i in range(count)]
+
+
+def _readings(prepared: Prepared, specs: Mapping[str, MoESpec], names: Sequence[str]) -> dict[str, Reading]:
+    """What the blocks `names` read once those of `specs` are latent; nothing where none is."""
+    if not specs or prepared.statistics is None:
+        return {}
+    blocks = {name: LatentMoE(specs.get(name, block.spec)) for name, block in prepared.teacher.blocks.items()}
+    model = passes.replace_blocks(prepared.model, prepared.selected, blocks)
+    samples = {name: statistics.sample for name, statistics in prepared.statistics.items()}
+    return reread(model, {name: blocks[name] for name in names}, _measured(prepared.teacher, prepared.batches), samples)
 
 
 def measure_errors(teacher: Rewritten, student: Rewritten, batches: Sequence[Batch]) -> dict[str, float]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
-from latentize.output_fit import coefficients, damping, factorise, features, fit
+from latentize.output_fit import coefficients, damping, factorise, features, fit, selected
 from latentize.plan import BlockPlan
 from latentize.projections import (
     gram,
@@ -22,18 +24,22 @@ from latentize.projections import (
     square_root,
 )
 from latentize.reference import experts_forward, router_forward
+from latentize.reread import Reading
 from latentize.rescale import check_factors, copy_experts, expand, separate_banks
 from latentize.routing import Routing
 from latentize.spec import LatentSpec, MoESpec
 from latentize.statistics import BlockStatistics
 
 #: A token counts in proportion to this power of its importance, which is a noisy estimate, within these bounds.
-IMPORTANCE_POWER = 0.75
+IMPORTANCE_POWER = 0.5
 IMPORTANCE_RANGE = (0.05, 20.0)
 
 #: Tokens that the sensitivity to the input is measured on, and random directions for each of them.
 SENSITIVITY_TOKENS = 4096
 DRAWS = 4
+
+#: Tokens that the second moment over all tokens counts as, beside an expert's own.
+PRIOR_TOKENS = 64.0
 
 
 def initialise(
@@ -41,6 +47,7 @@ def initialise(
     plan: BlockPlan,
     statistics: BlockStatistics | None = None,
     *,
+    reading: Reading | None = None,
     seed: int = 0,
 ) -> MoESpec:
     """The latent block to start from.
@@ -49,6 +56,8 @@ def initialise(
         spec: the original block, width d.
         plan: the sizes to reach. At latent_dim = d the projections are the identity and the function is unchanged.
         statistics: of the block over calibration data; None (or no tokens) initialises from the weights alone.
+        reading: what the block reads at the tokens of `statistics.sample` once the blocks before it are latent. It then
+            learns to give the original's output there all the same.
         seed: of the random directions in which the block's sensitivity is measured.
 
     Returns:
@@ -64,7 +73,7 @@ def initialise(
     if statistics is None or not statistics.tokens:
         start = expand(_from_weights(spec, plan.latent_dim), plan.experts_factor, plan.topk_factor)
     else:
-        start = _from_activations(spec.to(compute), plan, statistics, seed)
+        start = _from_activations(spec.to(compute), plan, statistics, reading, seed)
     return _in_dtypes_of(start, spec)
 
 
@@ -79,34 +88,39 @@ def _from_weights(spec: MoESpec, rank: int) -> MoESpec:
     loads = torch.ones(spec.num_experts, dtype=torch.float64, device=spec.experts.up.device)
     moment = torch.eye(spec.hidden_size, dtype=torch.float64, device=spec.experts.up.device)
     down = input_projection(gram(spec.experts, loads, loads), moment, rank)
-    return narrow(spec, down, down.T, leading(output_gram(spec.experts, loads), rank))
+    return narrow(spec, down, repeat(down.T, spec.num_experts), leading(output_gram(spec.experts, loads), rank))
 
 
-def _from_activations(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics, seed: int) -> MoESpec:
+def _from_activations(
+    spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics, reading: Reading | None, seed: int
+) -> MoESpec:
     tokens = _Tokens.of(spec, statistics)
+    target = experts_forward(routed_only(spec), tokens.hidden, tokens.routing)
+    if reading is not None:
+        tokens = tokens.moved_to(reading, spec)
     importance = metric(statistics.sensitivity, spec.hidden_size)
     moment = shrink(tokens.input_moment(), len(tokens.hidden))
     few = tokens.first(SENSITIVITY_TOKENS)
     needed = input_sensitivity(spec, few.hidden, few.routing, importance, seed)
     down = input_projection(shrink(needed, DRAWS * len(few.hidden)), moment, plan.latent_dim)
     guess = reconstruction(down, moment)
-    target = experts_forward(routed_only(spec), tokens.hidden, tokens.routing)
 
-    start = narrow(spec, down, guess, leading(statistics.output_moment, plan.latent_dim))
     dropped = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) - guess @ down
-    start = _multiply(start, plan, dropped.to(tokens.hidden.dtype), tokens)
-    full = copy_experts(spec, plan.experts_factor, plan.topk_factor)
-    routing = router_forward(start, tokens.seen)
-    return fit_output(start, full, tokens.hidden, routing, target, importance, tokens.weights)
+    wide = _multiply(spec, plan, dropped.to(tokens.hidden.dtype), tokens)
+    routing = router_forward(wide, tokens.seen)
+    guesses = local_guesses(down, moment, tokens.hidden * tokens.weights, routing, wide.num_experts)
+    start = narrow(wide, down, guesses, leading(statistics.output_moment, plan.latent_dim))
+    return fit_output(start, wide, tokens.hidden, routing, target, importance, tokens.weights)
 
 
 def _multiply(spec: MoESpec, plan: BlockPlan, dropped: Tensor, tokens: _Tokens) -> MoESpec:
     """The block with its experts multiplied, and its families told apart by what the down-projection drops."""
     a, b = plan.experts_factor, plan.topk_factor
-    if a == b:
-        return condition(expand(spec, a, b), spec.num_experts, dropped, tokens.seen, tokens.routing)
     check_factors(spec, a, b)
-    return separate_banks(copy_experts(spec, a, b), bank_directions(tokens.seen, dropped, a), b)
+    copies = copy_experts(spec, a, b)
+    if a == b:
+        return condition(copies, spec.num_experts, dropped, tokens.seen, tokens.routing)
+    return separate_banks(copies, bank_directions(tokens.seen, dropped, a), b)
 
 
 @dataclass(frozen=True)
@@ -128,6 +142,12 @@ class _Tokens:
         least, most = IMPORTANCE_RANGE
         weights = importance.clamp(least, most).pow(IMPORTANCE_POWER / 2).unsqueeze(1)
         return cls(hidden, seen, routing, weights)
+
+    def moved_to(self, reading: Reading, spec: MoESpec) -> _Tokens:
+        """The same tokens as the block reads them now, with the routing that the original gives them."""
+        hidden = reading.hidden.to(self.hidden)
+        seen = hidden if reading.router_hidden is None else reading.router_hidden.to(hidden)
+        return _Tokens(hidden, seen, router_forward(spec, seen), self.weights)
 
     def input_moment(self) -> Tensor:
         """Mean of (Σ_e w_e²) x xᵀ [d, d] in fp64, tokens weighted."""
@@ -169,17 +189,37 @@ def input_sensitivity(spec: MoESpec, hidden: Tensor, routing: Routing, importanc
     return total / (DRAWS * len(hidden))
 
 
-def narrow(spec: MoESpec, down: Tensor, guess: Tensor, up: Tensor) -> MoESpec:
-    """The block at the latent width: gate and up times `guess` [d, l], outputs in the basis `up` [d, l].
+def local_guesses(down: Tensor, moment: Tensor, hidden: Tensor, routing: Routing, experts: int) -> Iterator[Tensor]:
+    """R_e [d, l] for each expert: R_e P x is the best linear guess of x over the expert's own tokens.
+
+    Their second moment is pulled towards the common one as if `PRIOR_TOKENS` more tokens had that.
+
+    Args:
+        down: P [l, d].
+        moment: [d, d] of all tokens.
+        hidden: [T, d].
+        routing: of these tokens; they count by the squares of their routing weights.
+        experts: how many.
+    """
+    for expert in range(experts):
+        token, weight = selected(routing, expert)
+        rows = (hidden[token] * weight).double()
+        own = rows.T @ rows
+        prior = moment * (own.trace() / moment.trace()) if own.trace() > 0 else moment
+        yield reconstruction(down, own + prior * (PRIOR_TOKENS / max(1, len(rows))))
+
+
+def narrow(spec: MoESpec, down: Tensor, guesses: Iterable[Tensor], up: Tensor) -> MoESpec:
+    """The block at the latent width: gate and up times their `guesses` [d, l], outputs in the basis `up` [d, l].
 
     down [l, d] is the down-projection. Output biases keep their part in the span of `up`.
     """
     e = spec.experts
     dtype, device = e.up.dtype, e.up.device
-    gate = None if e.gate is None else e.gate.new_empty(*e.gate.shape[:2], guess.shape[1])
-    wide = e.up.new_empty(*e.up.shape[:2], guess.shape[1])
+    gate = None if e.gate is None else e.gate.new_empty(*e.gate.shape[:2], up.shape[1])
+    wide = e.up.new_empty(*e.up.shape[:2], up.shape[1])
     out = e.down.new_empty(len(e.down), up.shape[1], e.down.shape[2])
-    for expert in range(len(e.up)):
+    for expert, guess in zip(range(len(e.up)), guesses, strict=True):
         wide[expert] = (e.up[expert].to(guess.dtype) @ guess).to(dtype)
         out[expert] = (up.T @ e.down[expert].to(up.dtype)).to(dtype)
         if gate is not None and e.gate is not None:

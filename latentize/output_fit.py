@@ -20,7 +20,7 @@ from latentize.spec import ExpertsSpec, MoESpec
 DENSE_FEATURES = 16384
 
 #: Ridge of the fit relative to the mean square of a feature.
-RIDGE = 1e-3
+RIDGE = 3e-3
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Sample:
     weights: Tensor  # [S, k]
     indices: Tensor  # [S, k] int64
     importance: Tensor | None = None  # [S] fp32, squared gradient of the model's loss at the output, of mean about 1
+    places: Tensor | None = None  # [S] int64, where in the stream of the block's tokens each was
+    stream: int = 0  # tokens in that stream, those of skipped batches included
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class _Watch:
     def __init__(self, name: str, block: LatentMoE, max_tokens: int, seed: int) -> None:
         self.name, self.block = name, block
         self.batch = 0
-        self.tokens = self.skipped = 0
+        self.tokens = self.skipped = self.stream = 0
         self.bad_batches: list[int] = []
         self.router_hidden: Tensor | None = None
         self.failure: Exception | None = None
@@ -227,6 +229,8 @@ class _Watch:
 
     def _accumulate(self, hidden: Tensor, indices: Tensor, weights: Tensor, output: Tensor) -> None:
         importance = self.importance.pop(0) if self.importance else hidden.new_full((len(hidden),), math.nan)
+        places = torch.arange(self.stream, self.stream + len(hidden))
+        self.stream += len(hidden)
         if not (hidden.isfinite().all() and weights.isfinite().all() and output.isfinite().all()):
             if self.batch not in self.bad_batches:
                 self.bad_batches.append(self.batch)
@@ -241,6 +245,7 @@ class _Watch:
         self.tokens += len(hidden)
         seen = self.router_hidden
         columns = {"hidden": hidden, "weights": weights, "indices": indices, "importance": importance.float()}
+        columns["places"] = places
         if seen is not None and (seen.shape != hidden.shape or seen.data_ptr() != hidden.data_ptr()):
             columns["seen"] = seen
         self.reservoir.add(columns)
@@ -272,6 +277,8 @@ class _Watch:
             weights=kept.get("weights", self.input_moment.new_zeros(0, k)),
             indices=kept.get("indices", self.counts.new_zeros(0, k)),
             importance=_relative(kept.get("importance")),
+            places=kept.get("places"),
+            stream=self.stream,
         )
         return BlockStatistics(
             tokens=self.tokens,
