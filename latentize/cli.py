@@ -15,7 +15,7 @@ import click
 from latentize import __version__
 from latentize.errors import LatentizeError
 
-EXPORTS = ("onnx", "tensorrt")
+EXPORTS = ("onnx", "tensorrt", "nemotron_h", "nemotron_h-hub")
 #: Threads that wait for each other sleep. Where something else runs on the same cores, spinning ones cost healing a
 #: factor of six; it must be set before torch is imported.
 _WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
@@ -86,7 +86,13 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="STEPS",
     help="Steps of distillation after the start; 0 does not heal. [default: chosen]",
 )
-@click.option("--export", "exports", metavar="LIST", help="Comma-separated: onnx, tensorrt.")
+@click.option(
+    "--export",
+    "exports",
+    metavar="LIST",
+    help="Comma-separated: onnx, tensorrt, nemotron_h (a checkpoint of that architecture), nemotron_h-hub (its weights "
+    "named as on the hub).",
+)
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file of recipe fields.")
 @click.option("--seed", type=int, help="Seed of everything random. [default: 0]")
 @click.option(

@@ -22,7 +22,7 @@ from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
-from latentize.inputs import Batch, observing
+from latentize.inputs import Batch, Inputs, observing
 from latentize.load_balance import ExpertLoad, expert_load
 from latentize.progress import Steps
 from latentize.recipe import Recipe
@@ -47,6 +47,16 @@ class Options:
     resume: bool = False
     max_loss: float | None = None
     quiet: bool = False
+
+    @property
+    def graphs(self) -> bool:
+        """Whether graphs are exported, for themselves or for the engines made of them."""
+        return "onnx" in self.exports or "tensorrt" in self.exports
+
+    @property
+    def checkpoints(self) -> tuple[str, ...]:
+        """The exports that are checkpoints of an architecture that other programs know."""
+        return tuple(name for name in self.exports if name not in ("onnx", "tensorrt"))
 
 
 @dataclass
@@ -133,10 +143,10 @@ def check_request(options: Options) -> None:
         MissingExtraError: a package that an export needs is missing.
     """
     staging.check_target(options.out)
-    if options.exports:
+    if options.graphs:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
-                raise MissingExtraError(package, "onnx", f"--export {options.exports[0]}")
+                raise MissingExtraError(package, "onnx", "--export onnx")
     if "tensorrt" in options.exports:
         from latentize.run_compare import require_tensorrt
 
@@ -149,10 +159,11 @@ def dry_run(job: Job) -> None:
         prepared = conversion.prepare(
             job.source.model, job.survey.selected, job.options.recipe, job.batches[:_DRY_BATCHES], progress=progress
         )
+    _check_checkpoints(job, prepared)
     with tempfile.TemporaryDirectory() as folder:
         _export_original(job, Path(folder))
     terminal.print_plan(job.console, run_report.plans(prepared))
-    staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options.exports))
+    staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     seen = (
         f"{min(len(job.batches), _DRY_BATCHES)} of {len(job.batches)} calibration batches" if job.batches else "no data"
     )
@@ -175,12 +186,13 @@ def run(job: Job) -> None:
     graph = _export_original(job, kept.folder)
     prepared, specs = _start(job, kept)
     terminal.print_plan(job.console, run_report.plans(prepared, specs))
-    staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options.exports))
+    staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     result, evaluation = _heal(job, kept, prepared, specs)
     gates: list[Gate] = []
     with staging.staged(job.options.out) as folder:
         with job.steps.step("save"):
             result.write(folder)
+        _export_checkpoints(job, folder, result)
         onnx = _export(job, folder, graph, prepared.teacher, result, gates)
         measured = _compare(job, folder, prepared.teacher, result, evaluation, onnx, gates)
         with job.steps.step("report"):
@@ -213,6 +225,7 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
             )  # fmt: skip
     with job.steps.step("plan"):
         prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics)
+        _check_checkpoints(job, prepared)
     with job.steps.step("initialise") as progress:
         specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))
     return prepared, specs
@@ -254,13 +267,30 @@ def _evaluate(job: Job, model: Any) -> dict[str, float]:
 
 def _export_original(job: Job, folder: Path) -> Path | None:
     """The original's graph, exported before the long work: what stops it would stop the rewritten model's too."""
-    if not job.options.exports:
+    if not job.options.graphs:
         return None
     from latentize import run_onnx
 
     with job.steps.step("export"):
         canonical = conversion.canonical(job.source.model, job.survey.selected)
         return run_onnx.export_original(job.source, canonical.model, folder)
+
+
+def _check_checkpoints(job: Job, prepared: Prepared) -> None:
+    if job.options.checkpoints:
+        from latentize.exporters import nemotron_h
+
+        nemotron_h.check(job.source.model, prepared.teacher.specs, prepared.plans)
+
+
+def _export_checkpoints(job: Job, folder: Path, result: api.Result) -> None:
+    """Each asked-for checkpoint in a folder of its name."""
+    for name in job.options.checkpoints:
+        from latentize.exporters import nemotron_h
+
+        with job.steps.step("checkpoint"):
+            inputs = Inputs(job.source.args, job.source.kwargs)
+            nemotron_h.write(folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub"))
 
 
 def _export(

@@ -21,13 +21,15 @@ from latentize.spec import MoESpec
 
 if TYPE_CHECKING:
     from latentize.api import Result
-    from latentize.run import Job, Measured
+    from latentize.run import Job, Measured, Options
 
 _FORMS = {"file": "model.py", "hf": "huggingface", "pt2": "pt2", "module": "python"}
 _FILES = {
     "latentize.json": "what rebuilds the model", "README.md": "model card",
     "modeling_latent.py": "rebuilds the model in transformers alone", report.JSON_NAME: "this run, as data",
     report.HTML_NAME: "this run, as a page", REWRITTEN: "the rewritten model as an ONNX graph",
+    "nemotron_h/": "checkpoint that NemotronH loads unchanged",
+    "nemotron_h-hub/": "the same with its weights named as on the hub",
     ORIGINAL: "the original as an ONNX graph, to compare with", "config.json": "transformers configuration",
 }  # fmt: skip
 
@@ -42,14 +44,14 @@ def plans(prepared: Prepared, specs: Mapping[str, MoESpec] | None = None) -> dic
     return found
 
 
-def estimated_bytes(model: nn.Module, prepared: Prepared, exports: tuple[str, ...]) -> int:
+def estimated_bytes(model: nn.Module, prepared: Prepared, options: Options) -> int:
     """Bytes that a run will write, about: the model, its graphs, and the checkpoints on the way."""
     whole = _state_bytes(model)
     blocks = sum(_bytes(block.spec) for block in prepared.teacher.blocks.values())
     new = sum(_stored_after(plan) for plan in prepared.plans.values())
     after = whole - blocks + new
-    graphs = (whole + after) if exports else 0
-    return after + graphs + 4 * new + 2**20
+    graphs = (whole + after) if options.graphs else 0
+    return (1 + len(options.checkpoints)) * after + graphs + 4 * new + 2**20
 
 
 def write(job: Job, result: Result, prepared: Prepared, measured: Measured, folder: Path) -> Report:
@@ -154,6 +156,8 @@ def _calibration(job: Job, prepared: Prepared) -> Calibration | None:
 
 def _files(folder: Path) -> Iterator[File]:
     present = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
+    for inner in (entry for entry in folder.iterdir() if entry.is_dir()):
+        present[f"{inner.name}/"] = sum(file.stat().st_size for file in inner.rglob("*") if file.is_file())
     for name in (report.JSON_NAME, report.HTML_NAME):
         present.setdefault(name, 0)
     for name, size in sorted(present.items()):
