@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint type clean
+.PHONY: demo test test-slow lint type gpu-check clean
 demo: $(STAMP)  ## install, then convert the trained sample
 	$(BIN)/latentize samples/stdlib_lm.py -o out --export onnx
 
@@ -19,6 +19,9 @@ lint: $(STAMP)
 
 type: $(STAMP)
 	$(BIN)/mypy
+
+gpu-check: $(STAMP)  ## everything that needs a GPU: correctness, then speed, into benchmarks/results
+	$(BIN)/python benchmarks/gpu_check.py
 
 # torch first and alone: pinned, so that what follows cannot bring another build of it.
 $(STAMP): pyproject.toml constraints.txt

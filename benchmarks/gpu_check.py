@@ -1,0 +1,200 @@
+"""Everything that needs a GPU, in one command: is it right, and how fast is it?
+
+    python benchmarks/gpu_check.py                    all of it (`make gpu-check`); ends with status 1 if a check fails
+    python benchmarks/gpu_check.py --only forms sizes --no-times
+    python benchmarks/gpu_check.py --dry-run          on CPU in Triton's interpreter, tiny, nothing kept: does it run?
+
+Writes results/gpu-DEVICE.json and .txt. Without a CUDA device it says so and ends with status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+Row = Mapping[str, Any]
+TOKENS = [1, 4, 16, 64, 128, 256, 1024, 4096]
+
+
+def main() -> int:
+    """Check, measure, print, keep; the exit status."""
+    chosen = arguments()
+    if chosen.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    import torch
+
+    if not chosen.dry_run and not torch.cuda.is_available():
+        print("gpu-check: no CUDA device here; run it on a machine with one (or --dry-run)", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("triton") is None:
+        print("gpu-check: Triton is not installed: pip install 'latentize[triton]'", file=sys.stderr)
+        return 2
+    import gpu_correct
+    import gpu_whole
+
+    quick = chosen.dry_run
+    dtypes = (torch.float32, torch.float16) if quick else (torch.float32, torch.bfloat16, torch.float16)
+    where = gpu_correct.Where("cpu" if quick else "cuda", dtypes, quick)
+    known = gpu_correct.CHECKS | gpu_whole.CHECKS
+    if unknown := set(chosen.only or ()) - set(known):
+        print(f"gpu-check: no check {sorted(unknown)[0]!r}: expected {', '.join(known)}", file=sys.stderr)
+        return 2
+    checks = []
+    os.environ.setdefault("LATENTIZE_TUNE", "0")  # for checks of many small shapes; times are taken tuned
+    for outcome in gpu_correct.run_checks(where, {name: known[name] for name in chosen.only or known}):
+        print(f"{outcome['outcome']:>7}  {outcome['check']}: {outcome['found']}", flush=True)
+        checks.append(outcome)
+    del os.environ["LATENTIZE_TUNE"]
+    record: dict[str, Any] = {"device": device_name(where.device), "checks": checks, "times": [], "requirements": []}
+    if not chosen.no_times:
+        with torch.no_grad():
+            record |= measured(where, chosen.tokens)
+    text = page(record)
+    print(text)
+    if not chosen.no_keep:
+        write(Path(chosen.output), record, text)
+    return int(any(outcome["outcome"] == "failed" for outcome in checks))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU in Triton's interpreter")
+    parser.add_argument("--only", nargs="+", metavar="CHECK", help="the checks to run; all by default")
+    parser.add_argument("--tokens", type=int, nargs="+", default=None, metavar="T")
+    parser.add_argument("--no-times", action="store_true", help="checks only")
+    parser.add_argument("--no-keep", action="store_true", help="write no files")
+    parser.add_argument("--output", default=None, help="folder for the results (benchmarks/results)")
+    chosen = parser.parse_args()
+    chosen.tokens = chosen.tokens or ([1, 3] if chosen.dry_run else TOKENS)
+    chosen.no_keep = chosen.no_keep or (chosen.dry_run and chosen.output is None)
+    chosen.output = chosen.output or str(Path(__file__).resolve().parent / "results")
+    return chosen
+
+
+def measured(where: Any, tokens: list[int]) -> dict[str, Any]:
+    """Times of every family, with the device's measured peaks, and what is required of them."""
+    import torch
+    from gpu_speed import FAMILIES, TINY, measure, overlap, peaks
+
+    dtype = torch.float32 if where.quick else torch.bfloat16
+    copied, gemm = peaks(where, dtype)
+    times: list[dict[str, Any]] = []
+    for family in TINY if where.quick else FAMILIES:
+        start = time.perf_counter()
+        times += measure(family, tokens, where, dtype, copied, gemm)
+        print(f"{family}: measured in {time.perf_counter() - start:.0f} s", flush=True)
+        if where.device != "cpu":
+            torch.cuda.empty_cache()
+    if where.device != "cpu":
+        times += overlap(where, dtype, [t for t in tokens if t <= 256])
+    measured_peaks = {"copy_gb_s": copied / 1e9, "gemm_tflop_s": gemm / 1e12}
+    return {"peaks": measured_peaks, "times": times, "requirements": requirements(times)}
+
+
+def requirements(times: Sequence[Row]) -> list[dict[str, Any]]:
+    """What was asked for, what was measured, and whether it was met; only what the rows can answer."""
+    found = {(r["family"], r["block"], r["form"], r["tokens"]): r for r in times}
+    answers: list[dict[str, Any]] = []
+
+    def ask(what: str, value: float, limit: float, *, at_least: bool = True) -> None:
+        met = value >= limit if at_least else value <= limit
+        answers.append({"what": what, "required": limit, "measured": value, "met": met})
+
+    for (family, block, form, tokens), r in found.items():
+        if r.get("error") is not None:
+            what = f"{family}, {block}, {form}, T = {tokens}: relative error against fp64"
+            ask(what, r["error"], r["tolerance"], at_least=False)
+        rival = found.get((family, block, "experts grouped_mm", tokens))
+        if form != "experts ours" or rival is None or block == "original":
+            continue
+        name = f"{family}, {block}, T = {tokens}: "
+        if tokens <= 16:
+            ask(name + "experts' fraction of copy bandwidth", r["bandwidth"], 0.8)
+            ask(name + "experts, times as fast as grouped_mm", rival["us"] / r["us"], 1.3)
+        elif tokens >= 4096:
+            ask(name + "experts' fraction of GEMM rate", r["gemm"], 0.6)
+            ask(name + "experts, times as fast as grouped_mm", rival["us"] / r["us"], 1.0)
+    for tokens, limit in ((1, 1.12), (4, 1.12), (16, 1.06), (64, 1.06), (128, 1.06)):
+        pair = [found.get(("95BT-8BA", block, "block ours", tokens)) for block in ("acc, alpha 4", "original")]
+        if None not in pair:
+            over = pair[0]["us"] / pair[1]["us"]
+            ask(f"95BT-8BA, T = {tokens}: time of acc, alpha 4 over the original's", over, limit, at_least=False)
+    pair = [found.get(("95BT-8BA", block, "experts ours", 1)) for block in ("original", "eff, alpha 4")]
+    if None not in pair:
+        ask("95BT-8BA, T = 1: eff, routed path, times as fast as the original's", pair[0]["us"] / pair[1]["us"], 2.5)
+    return answers
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """The record as text: peaks, times, latent against original, requirements, outcomes."""
+    from measured import table
+
+    parts = [f"{record['device']}"]
+    if record["times"]:
+        parts[0] += "; measured copy {copy_gb_s:.0f} GB/s, GEMM {gemm_tflop_s:.1f} TFLOP/s".format(**record["peaks"])
+        columns = {"family": "", "block": "", "form": "", "tokens": "", "us": ".1f", "mode": "", "bandwidth": ".2f",
+                   "gemm": ".2f"}  # fmt: skip
+        parts += [table(record["times"], columns), table(ratios(record["times"]), RATIOS)]
+    if record["requirements"]:
+        asked = {"what": "", "required": ".3g", "measured": ".3g", "met": ""}
+        parts.append(table(record["requirements"], asked))
+    outcomes = [check["outcome"] for check in record["checks"]]
+    parts.append("checks: " + ", ".join(f"{outcomes.count(name)} {name}" for name in ("ok", "failed", "skipped")))
+    return "\n\n".join(parts)
+
+
+RATIOS = {"family": "", "block": "", "tokens": "", "original_us": ".1f", "latent_us": ".1f", "speedup": ".2f",
+          "against_grouped_mm": ".2f"}  # fmt: skip
+
+
+def ratios(times: Sequence[Row]) -> list[dict[str, Any]]:
+    """Every latent block against its original, both by the operator, and against itself by torch's grouped product."""
+    us = {(r["family"], r["block"], r["form"], r["tokens"]): r["us"] for r in times}
+    rows = []
+    for (family, block, form, tokens), value in us.items():
+        if form != "block ours" or block == "original":
+            continue
+        original = us.get((family, "original", form, tokens))
+        rows.append({
+            "family": family, "block": block, "tokens": tokens, "original_us": original, "latent_us": value,
+            "speedup": original and original / value,
+            "against_grouped_mm": us[family, block, "block grouped_mm", tokens] / value,
+        })  # fmt: skip
+    return rows
+
+
+def device_name(device: str) -> str:
+    """The device in words."""
+    import torch
+
+    return "CPU (interpreter)" if device == "cpu" else torch.cuda.get_device_name()
+
+
+def write(folder: Path, record: Mapping[str, Any], text: str) -> None:
+    """Both files, named after the device, with the software that was used."""
+    import torch
+    import triton
+
+    from latentize.report import Environment
+
+    name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
+    versions = {"triton": triton.__version__, "cuda": torch.version.cuda}
+    full = {**record, "environment": {**asdict(Environment.here()), **versions}}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(full, indent=1, ensure_ascii=False) + "\n")
+    (folder / f"{name}.txt").write_text(text + "\n")
+    print(f"written: {folder / name}.json and .txt")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""What `gpu_check.py` checks of whole models and exported graphs on the device."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_correct import Skipped, Where, block, error
+from torch import Tensor
+
+
+def check_model(where: Where) -> str:
+    """The trained sample converted, moved to the device, generating the text that it generates on CPU."""
+    if where.quick:
+        raise Skipped("the whole sample is not run in a dry run")
+    import latentize
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "samples"))
+    import stdlib_lm
+
+    original, inputs = stdlib_lm.build_model(), stdlib_lm.example_inputs()
+    batches = [batch for batch, _ in zip(stdlib_lm.calibration_data(), range(16), strict=False)]
+    recipe = latentize.Recipe(compression=2, variant="fixed", heal_steps=0)
+    model = latentize.convert(original, kwargs=inputs, recipe=recipe, calibration=batches).model.eval()
+    prompt = inputs["input_ids"][:1, :32]
+
+    def generate(device: str) -> list[int]:
+        ids = prompt.to(device)
+        out = model.to(device).generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)
+        return out[0].tolist()
+
+    with torch.no_grad():
+        exact = model(**inputs).logits.double()
+        expected = generate("cpu")
+        on_device = {name: value.to(where.device) for name, value in inputs.items()}
+        model.to(where.device)
+        found = error(model(**on_device).logits.cpu(), exact)
+        same = generate(where.device) == expected
+    assert found < 1e-4, f"logits differ by {found:.1e}"
+    return f"logits on CPU and {where.device} differ by {found:.1e}; 64 bytes: {'the same' if same else 'not the same'}"
+
+
+def check_onnxruntime(where: Where) -> str:  # noqa: ARG001 - as every check
+    """An exported block on onnxruntime's CUDA provider."""
+    try:
+        import onnxruntime
+
+        from latentize.exporters.onnx import export_onnx
+    except ImportError as missing:
+        raise Skipped(f"{missing.name} is not installed") from missing
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise Skipped("this onnxruntime has no CUDA provider: install onnxruntime-gpu")
+    module = block(Where("cpu", (torch.float32,), True), torch.float32)
+    x = torch.randn(11, 48)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.onnx"
+        export_onnx(module, (x,), {}, path)
+        session = onnxruntime.InferenceSession(path, providers=["CUDAExecutionProvider"])
+        provider = session.get_providers()[0]
+        (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    assert provider == "CUDAExecutionProvider", f"the session fell back to {provider}"
+    found = error(torch.from_numpy(output), module(x).double())
+    assert found < 2e-3, f"onnxruntime on CUDA differs by {found:.1e}"  # it multiplies fp32 in tf32
+    return f"differs from PyTorch by {found:.1e}"
+
+
+def check_tensorrt(where: Where) -> str:
+    """An engine built for this device and run on it, where tensorrt-rtx supports the device."""
+    if where.device == "cpu":
+        raise Skipped("running an engine needs a CUDA device")
+    from latentize.exporters.tensorrt import TARGETS, build
+
+    major, minor = torch.cuda.get_device_capability()
+    target = f"SM{major}{minor}"
+    if target not in TARGETS:
+        raise Skipped(f"tensorrt-rtx has no target for {target}: it knows {', '.join(TARGETS[1:])}")
+    try:
+        import tensorrt_rtx  # noqa: F401
+
+        from latentize.exporters.onnx import export_onnx
+    except ImportError as missing:
+        raise Skipped(f"{missing.name} is not installed") from missing
+    module = block(Where("cpu", (torch.float32,), True), torch.float32)
+    x = torch.randn(11, 48)
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(module, (x,), {}, Path(folder) / "model.onnx")
+        (engine,) = build(Path(folder), targets=(target,), max_tokens=32)
+        output = run_engine(engine.path, x.to(where.device))
+    found = error(output.cpu(), module(x).double())
+    assert found < 2e-3, f"the engine differs by {found:.1e}"
+    return f"engine for {target} differs from PyTorch by {found:.1e}"
+
+
+def run_engine(path: Path, x: Tensor) -> Tensor:
+    """The first output of the engine at `path` on its only input x, a CUDA tensor."""
+    import tensorrt_rtx as trt
+
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    assert engine is not None, "the engine could not be loaded on this device"
+    context = engine.create_execution_context()
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    modes = {name: engine.get_tensor_mode(name) for name in names}
+    (source,) = (name for name in names if modes[name] == trt.TensorIOMode.INPUT)
+    context.set_input_shape(source, tuple(x.shape))
+    context.set_tensor_address(source, x.data_ptr())
+    outputs = {}
+    for name in names:
+        if modes[name] == trt.TensorIOMode.OUTPUT:
+            outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), device=x.device)
+            context.set_tensor_address(name, outputs[name].data_ptr())
+    stream = torch.cuda.current_stream()
+    assert context.execute_async_v3(stream.cuda_stream), "the engine refused to run"
+    stream.synchronize()
+    return next(iter(outputs.values()))
+
+
+CHECKS: dict[str, Callable[[Where], str]] = {
+    "sample model": check_model,
+    "onnxruntime": check_onnxruntime,
+    "TensorRT": check_tensorrt,
+}
