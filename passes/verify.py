@@ -140,12 +140,15 @@ def _skips_empty_tokens(candidate: Candidate, subject: nn.Module, prober: Prober
     templates = {} if candidate.template is None else {"": candidate.template}
     rewritten = replace_at(subject, {"": candidate.site}, {"": canonical}, templates=templates)
     inputs, empty = given
-    wanted = _run(subject, inputs, torch.float64)
+    try:
+        wanted = _run(subject, inputs, torch.float64)
+    except (RuntimeError, IndexError, ValueError):  # the original does not take them either
+        return ""
     try:
         found = _run(rewritten, inputs, torch.float64)
     except (RuntimeError, IndexError, ValueError):
         return _EMPTY
-    routed = moe_forward(canonical.spec, torch.zeros(1, canonical.spec.hidden_size, dtype=torch.float64))
+    routed = moe_forward(canonical.spec.to(torch.float64), torch.zeros(1, canonical.spec.hidden_size, dtype=torch.float64))
     if not bool(routed.count_nonzero()):
         return ""
     for ours, original in ((found[i], wanted[i]) for i in candidate.outputs):
