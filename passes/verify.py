@@ -148,7 +148,8 @@ def _skips_empty_tokens(candidate: Candidate, subject: nn.Module, prober: Prober
         found = _run(rewritten, inputs, torch.float64)
     except (RuntimeError, IndexError, ValueError):
         return _EMPTY
-    routed = moe_forward(canonical.spec.to(torch.float64), torch.zeros(1, canonical.spec.hidden_size, dtype=torch.float64))
+    exact = canonical.spec.to(torch.float64)
+    routed = moe_forward(exact, torch.zeros(1, exact.hidden_size, dtype=torch.float64))
     if not bool(routed.count_nonzero()):
         return ""
     for ours, original in ((found[i], wanted[i]) for i in candidate.outputs):
