@@ -271,6 +271,12 @@ def supports(region: Region) -> Iterator[Tensor]:
             yield joined
 
 
+def has_idle_experts(head: Head) -> bool:
+    """Whether the tokens of the recorded run select only some of the experts."""
+    found = next((f for v in sorted(head.dependent, key=lambda v: v.index) for f in _as_indices(v.tensor, head)), None)
+    return found is not None and len(found.unique()) < head.num_experts
+
+
 def _as_indices(tensor: Tensor, head: Head) -> Iterator[Tensor]:
     """Readings of a tensor as k different experts for each token, [T, k]."""
     tokens, count = head.tokens, head.num_experts

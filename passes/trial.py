@@ -14,6 +14,7 @@ from latentize.passes.detect import regions
 from latentize.passes.double import in_double, in_fp64
 from latentize.passes.heads import Head, Note, find_heads
 from latentize.passes.lift import Binding, lift
+from latentize.passes.lift_router import has_idle_experts
 from latentize.passes.probes import Inputs, Prober
 
 #: Tokens of the run that a lift is made on.
@@ -42,30 +43,42 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tup
     if noise:
         return [], [f"it draws random numbers in evaluation ({noise[0].name})"]
     randomise(double, _names(heads), SEED)
+    attempts = list(_attempts(prober, heads[0], double))
+    found, reasons, idle = _lift(double, attempts, innermost)
+    if not found and idle:
+        _quieten(double, heads)
+        found, reasons, _ = _lift(double, attempts[-1:], innermost)
+    return found, [] if found else reasons
+
+
+def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> tuple[list[Trial], list[str], bool]:
+    """What the first inputs that allow it lift, or the reasons that the last ones gave; whether experts were idle."""
     reasons: list[str] = []
-    for inputs in _attempts(prober, heads[0], double):
-        recording = _record(double, inputs)
-        found, reasons = [], []
-        heads = _heads(recording, innermost)[0]
-        single = prober.random("lift", 1, TOKENS, SEED, spread=1.0) if _repeat(heads) else None
-        if single is not None:
-            inputs, recording = single, _record(double, single)
-            heads = _heads(recording, innermost)[0]
-        for head in heads:
+    idle = False
+    for inputs in attempts:
+        recording = _record(module, inputs)
+        found, reasons, idle = [], [], False
+        for head in _heads(recording, innermost)[0]:
             binding, reason = lift(head)
             if binding is None:
                 reasons.append(reason)
+                idle = idle or has_idle_experts(head)
             else:
-                found.append(Trial(binding, recording, double, inputs))
+                found.append(Trial(binding, recording, module, inputs))
         if found or not reasons:
-            return found, reasons
-    return [], reasons
+            return found, reasons, idle
+    return [], reasons, idle
 
 
-def _repeat(heads: list[Head]) -> bool:
-    """Whether one router was used several times, as where a batch is worked through sequence by sequence."""
-    weights = [frozenset().union(*map(_sources, head.weight.values)) for head in heads]
-    return len(set(weights)) < len(weights)
+@torch.no_grad()
+def _quieten(module: nn.Module, heads: list[Head]) -> None:
+    """Shrink the biases of routers, in place, so that every expert is selected by some token."""
+    vectors = [head.projection.bias for head in heads]
+    vectors += [leaf.value for head in heads for region in regions(head) for leaf in region.routing_leaves]
+    names = {name for vector in vectors for name in _sources(vector)}
+    for name, tensor in named_state(module):
+        if name in names and tensor.is_floating_point():
+            tensor.mul_(0.1)
 
 
 def _record(module: nn.Module, inputs: Inputs) -> Recording:
@@ -126,8 +139,8 @@ def _names(heads: list[Head]) -> set[str]:
     return found
 
 
-def _sources(value: Value) -> set[str]:
-    return {v.source for v in graph.ancestors([value]) if v.source}
+def _sources(value: Value | None) -> set[str]:
+    return set() if value is None else {v.source for v in graph.ancestors([value]) if v.source}
 
 
 def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -421,7 +421,10 @@ NOT_MOES = {
     for c in (
         RareHiddenClamp, ClampAfter, SoftcappedGlu, RareLogitClamp, LoudBranch, LastToken, BigBatch, DtypeBranch,
         RippledRouter, LargeCapacity, BiasUnweighted, MixedScores, BiasedWeights, ScaleBeforeSum, OnePerGroup, GroupSum,
-        UnbiasedGroups, UnevenGroups, SoftplusScore, SoftmaxOfShared, OddResidual, EmptyTokens, HalfOfTheTime,
+        UnbiasedGroups, UnevenGroups, SoftplusScore, SoftmaxOfShared, OddResidual, HalfOfTheTime,
         ConvExperts,
     )
 }  # fmt: skip
+
+#: The mask of empty tokens stays in the graph around the routed path.
+EITHER = {c.__name__: c for c in (EmptyTokens,)}
