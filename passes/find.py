@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
 from latentize.passes.scan import CLIMB, Scan, scan, untouched
-from latentize.passes.sites import GraphSite, Site
+from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
 from latentize.passes.trial import Trial, lift_module, named_state
@@ -61,24 +62,29 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
     except Exception as error:
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
-    done: set[tuple[str, int]] = set()
+    done: set[tuple[object, ...]] = set()
     with untouched(model), _threads(model):
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
-                found.setdefault(item.block.name, []).append(item)
-        kept = [item for items in found.values() for item in _best(items)]
+                if item.site is None or all(item.site != other.site for items in found.values() for other in items):
+                    found.setdefault(item.block.name, []).append(item)
+        kept = [item for name, items in found.items() for item in _best(name, items)]
         return _hold_together(model, Inputs("", args, dict(kwargs)), kept)
 
 
 def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list[Found]:
-    """The blocks, refused if the whole model computes something else once all of them are in canonical form."""
+    """The blocks, refused if the whole model computes something else once all of them are in canonical form.
+
+    It is asked on its example inputs and on others that it takes, one token and more than it was given.
+    """
     moes = {i.block.name: i for i in found if i.block.status == "moe"}
     if not moes:
         return found
     blocks = {name: LatentMoE(spec) for name, i in moes.items() if (spec := i.block.spec) is not None}
     places = {name: i.site for name, i in moes.items() if i.site is not None}
     templates = {name: i.template for name, i in moes.items() if i.template is not None}
-    error = difference(model, replace_at(model, places, blocks, templates=templates), inputs)
+    whole = replace_at(model, places, blocks, templates=templates)
+    error = max(difference(model, whole, i) for i in [inputs, *_accepted(model, Prober.of(model, inputs).others())])
     if error <= TOGETHER:
         return found
     reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
@@ -97,10 +103,22 @@ def _threads(model: nn.Module) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _best(items: list[Found]) -> list[Found]:
-    """The lifts of one module, or its refusal when there are none."""
+def _accepted(model: nn.Module, inputs: list[Inputs]) -> Iterator[Inputs]:
+    """Those of some inputs that a model runs on."""
+    for item in inputs:
+        try:
+            difference(model, model, item)
+        except Exception:  # sizes that this model does not take
+            _log.debug("not a size for this model: %s", item.name)
+        else:
+            yield item
+
+
+def _best(name: str, items: list[Found]) -> list[Found]:
+    """The lifts of one module, each under a name of its own, or its refusal when there are none."""
     lifted = [i for i in items if i.block.status != "refused"]
-    return lifted or items[:1]
+    named = [replace(i, block=replace(i.block, name=f"{name}#{n}")) for n, i in enumerate(lifted[1:], start=2)]
+    return [*lifted[:1], *named] or items[:1]
 
 
 def _refused(name: str, reason: str) -> Block:
@@ -112,14 +130,16 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[str, int]]) -> Iterator[Found]:
+def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]]) -> Iterator[Found]:
     """The blocks around one selection, from the innermost module that holds one whole."""
     refused: Block | None = None
     for path in list(dict.fromkeys(chain))[:CLIMB]:
         module = seen.calls[path].module
-        if (path, id(module)) in done:
+        inner: str | None = chain[0].removeprefix(path).lstrip(".") if path else chain[0]
+        if isinstance(module, fx.GraphModule) and not path:
+            inner = None
+        if (path, id(module), inner) in done:
             return
-        inner = chain[0].removeprefix(path).lstrip(".") if path else chain[0]
         try:
             items = list(_in_module(module, path, Prober(seen.calls[path]), inner))
         except Exception as error:  # one module that cannot be run or read must not hide the others
@@ -127,7 +147,7 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[str, int]]) ->
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
         lifted = [item for item in items if item.block.status != "refused"]
         if lifted:
-            done.add((path, id(module)))
+            done.add((path, id(module), inner))
             yield from lifted
             return
         if items and (refused is None or _is_vague(refused)):
@@ -141,16 +161,11 @@ def _is_vague(block: Block) -> bool:
     return block.reason.startswith("a selection by a router was found, but no experts")
 
 
-def _in_module(module: nn.Module, path: str, prober: Prober, inner: str) -> Iterator[Found]:
-    lifts, reasons = lift_module(module, prober, None if isinstance(module, fx.GraphModule) and not path else inner)
-    names: dict[str, int] = {}
+def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) -> Iterator[Found]:
+    """The blocks of one module whose selection happens in its submodule `inner`; None: anywhere."""
+    lifts, reasons = lift_module(module, prober, inner)
     for item in lifts:
-        result = _prove(module, path, prober, item)
-        count = names.get(result.block.name, 0)
-        names[result.block.name] = count + 1
-        if count:
-            result = replace(result, block=replace(result.block, name=f"{result.block.name}#{count + 1}"))
-        yield result
+        yield _prove(module, path, prober, item)
     for reason in dict.fromkeys(reasons):
         yield Found(_refused(path or ".", reason))
 
@@ -187,10 +202,22 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         if not reason:
             if isinstance(site, GraphSite) and site.path is None:
                 name = site.output
+            elif isinstance(site, PartsSite):
+                name = _join(path, _common(site.router.path, site.experts.path)) or "."
             worst = max((p.error for p in probes), default=0.0)
             return Found(Block(name, "moe", "", spec(module), worst, probes), _at(site, path), template)
         reasons.append(reason)
     return Found(_refused(name, reasons[-1] if reasons else "what lies around the routed path could not be rewritten"))
+
+
+def _join(*paths: str) -> str:
+    return ".".join(p for p in paths if p)
+
+
+def _common(one: str, other: str) -> str:
+    """Path of the innermost module that holds the submodules at two paths."""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one.split("."), other.split("."), strict=False))
+    return _join(*(part for part, _ in pairs))
 
 
 def _is_tokenwise(item: Trial, prober: Prober) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,6 +40,7 @@ def update(model: nn.Module, blocks: Sequence[LatentMoE]) -> None:
     sizes = {name: values.pop() for name in _NAMES if len(values := {_size(spec, name) for spec in specs}) == 1}
     latent = {spec.latent_dim for spec in specs if spec.latent is not None}
     holders = list(_holders(model))
+    _keep_readers(model, {attribute for name in sizes for attribute in _NAMES[name]})
     for holder in holders:
         for name, value in sizes.items():
             for attribute in _NAMES[name]:
@@ -46,6 +49,27 @@ def update(model: nn.Module, blocks: Sequence[LatentMoE]) -> None:
     for holder in holders:
         if not isinstance(holder, nn.Module) and len(latent) == 1 and _has_experts(holder):
             holder.latent_dim = latent.copy().pop()
+
+
+def _keep_readers(model: nn.Module, names: set[str]) -> None:
+    """Give modules that read a size from a configuration when they run, MoE blocks that stay, the old one to keep."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is None or hasattr(module, "save_pretrained") or not names & _read_names(type(module)):
+            continue
+        module.config = copy.deepcopy(config)
+
+
+def _read_names(kind: type) -> set[str]:
+    """Names of the attributes that the methods of a module's class mention, its constructor aside."""
+    methods = [
+        inspect.unwrap(item)
+        for base in kind.__mro__
+        if base not in nn.Module.__mro__
+        for name, item in vars(base).items()
+        if inspect.isfunction(item) and name != "__init__"
+    ]
+    return {name for method in methods for name in method.__code__.co_names}
 
 
 def _size(spec: MoESpec, name: str) -> int | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from latentize.passes.scan import ModuleCall
@@ -51,6 +51,11 @@ class Prober:
     """Makes inputs for one module after the call that it was seen with."""
 
     call: ModuleCall
+
+    @classmethod
+    def of(cls, module: nn.Module, inputs: Inputs) -> Prober:
+        """Makes inputs like the given ones."""
+        return cls(ModuleCall("", module, inputs.args, inputs.kwargs))
 
     @property
     def hidden(self) -> Tensor | None:
@@ -131,6 +136,16 @@ class Prober:
         filled = tensor.clone()
         filled.view(self.GAPPED, -1)[empty] = 0
         return self.with_hidden(name, filled), empty
+
+    def others(self) -> list[Inputs]:
+        """Inputs of other lengths for a call with one tensor, of hidden states or of token ids; empty for others."""
+        found = [self.random("one token", 1, 1, MANY), self.random("batch of 3 × 11", 3, 11, MANY)]
+        tensors = [a for a in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(a, Tensor)]
+        if len(tensors) == 1 and tensors[0].dtype in (torch.int64, torch.int32) and tensors[0].dim() == 2:
+            ids = tensors[0].reshape(-1)
+            turned = [ids[torch.arange(b * t) * 7 % len(ids)].view(b, t) for b, t in ((1, 1), (3, 11))]
+            found += [self.with_hidden("other tokens", t) for t in turned]
+        return [inputs for inputs in found if inputs is not None]
 
     def proofs(self, seed: int) -> list[Inputs]:
         """Inputs that a lift must survive: the example, one token, odd lengths, a batch, all tokens alike."""
