@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,7 +22,18 @@ from torch import Tensor
 
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
-from latentize.kernels_triton_steps import COMPARISONS, Config, Form, Plan, Problem, Step, choose_form, fitting, plan
+from latentize.kernels_triton_steps import (
+    COMPARISONS,
+    Config,
+    Cut,
+    Form,
+    Problem,
+    Step,
+    block_count,
+    fitting,
+    steps,
+    workspaces,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,24 +59,35 @@ def forward(
     An index that names no expert contributes nothing; the output of a token with a negative one is NaN, as raising
     an error would stall the device. `form` is chosen by the number of tokens where it is None.
     """
-    problem = problem_of(hidden, indices, experts, activation, weights_on_input)
     if not indices.numel() or not hidden.numel():
         return hidden.new_zeros(hidden.shape)
-    tokens = len(hidden)
-    chosen = plan(problem, tokens, form or choose_form(problem, tokens))
-    given = {
-        "hidden": hidden.contiguous(), "indices": indices.contiguous(), "weights": weights.contiguous(),
-        **experts._asdict(), "pairs": indices.numel(), "blocks": chosen.blocks(indices.numel(), problem.num_experts),
-    }  # fmt: skip
-    tensors = {**given, **workspaces(chosen, problem, hidden, tokens)}
+    problem = problem_of(hidden, indices, experts, activation, weights_on_input)
+    combined = hidden.new_empty(hidden.shape)
+    given = {"hidden": hidden.contiguous(), "indices": indices.contiguous(), "weights": weights.contiguous()}
+    cut = Cut.of(problem, len(hidden), form)
+    shapes = workspaces(problem, len(hidden), cut)
+    held = {name: hidden.new_empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
     with _on_device(hidden):
-        for step in chosen.steps:
-            if step.name == "sort_pairs" and given["pairs"] * step.constants["EXPERTS"] > COMPARISONS:
-                tensors |= sort_by_torch(tensors["indices"], given["blocks"], problem.num_experts, chosen.block)
-            else:
-                launch(step, tensors, tokens)
-    combined: Tensor = tensors["combined"]
+        run(problem, cut, {**given, **experts._asdict(), **held, "combined": combined})
     return combined
+
+
+def run(problem: Problem, cut: Cut, tensors: dict[str, Tensor | None]) -> None:
+    """Fill `combined` [T, l] from `hidden` [T, l], `indices`, `weights` [T, k] and the experts' tensors.
+
+    `tensors` holds them by name, and the workspaces that `kernels_triton_steps.workspaces` asks for; all contiguous but
+    for the strides that `problem` names, on the current device, T at least 1. Runs on the current stream.
+    """
+    indices = tensors["indices"]
+    assert indices is not None
+    pairs = indices.numel()
+    counts = {"pairs": pairs, "blocks": block_count(problem, pairs, cut.block)}
+    values: dict[str, Any] = {**tensors, **counts}
+    for step in steps(problem, cut):
+        if step.name == "sort_pairs" and pairs * step.constants["EXPERTS"] > COMPARISONS:
+            values |= sort_by_torch(indices, counts["blocks"], problem.num_experts, cut.block)
+        else:
+            launch(step, values, len(indices))
 
 
 def problem_of(
@@ -82,24 +105,9 @@ def problem_of(
     )  # fmt: skip
 
 
-def workspaces(chosen: Plan, problem: Problem, like: Tensor, tokens: int) -> dict[str, Tensor]:
-    """The output `combined` [T, l] and what the kernels hand one another, uninitialised, on the device of `like`."""
-    pairs, width, m = tokens * problem.top_k, problem.width, problem.intermediate
-    combined = {"combined": like.new_empty(tokens, width)}
-    if chosen.form == "decode":
-        return combined | {"activated": like.new_empty(pairs, m, dtype=torch.float32)}
-    blocks = chosen.blocks(pairs, problem.num_experts)
-    integers = like.new_empty(pairs + 3 * blocks, dtype=torch.int32)
-    names = ("order", "block_expert", "block_start", "block_rows")
-    parts = dict(zip(names, integers.split([pairs, blocks, blocks, blocks]), strict=True))
-    outputs = {"outputs": like.new_empty(pairs, chosen.splits, width)}
-    hidden_activations = {"activated": like.new_empty(pairs, m)} if chosen.form == "grouped" else {}
-    return combined | parts | outputs | hidden_activations
-
-
-def launch(step: Step, tensors: dict[str, Any], tokens: int) -> None:
+def launch(step: Step, values: Mapping[str, Any], tokens: int) -> None:
     """One step on the tensors and counts named by its kernel's parameters."""
-    arguments = [tensors[name] for name in step.arguments]
+    arguments = [values[name] for name in step.arguments]
 
     def attempt(config: Config) -> None:
         step.kernel[step.grid(tokens, config.constants)](*arguments, **step.constants, **config.options())

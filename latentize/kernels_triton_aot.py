@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from latentize.errors import LatentizeError, MissingExtraError
-from latentize.kernels_triton_steps import Config, Form, Plan, Problem, Step, fitting, plan
+from latentize.kernels_triton_steps import Config, Cut, Form, Problem, Step, fitting, steps
 
 #: Compute capability -> bytes of shared memory that one block may have (CUDA C++ Programming Guide, its last appendix).
 TARGETS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
@@ -55,10 +55,10 @@ class CompiledKernel:
 
 @dataclass(frozen=True)
 class Compiled:
-    """The kernels of one form in the order of their launches; workspaces as `kernels_triton.workspaces` makes them."""
+    """The kernels of one form in the order of their launches; workspaces as `kernels_triton_steps.workspaces` says."""
 
     problem: Problem
-    plan: Plan
+    cut: Cut
     kernels: tuple[CompiledKernel, ...]
 
 
@@ -78,8 +78,8 @@ def compile_for(target: int, problem: Problem, form: Form, *, tokens: int = 1) -
         raise LatentizeError(f"compute capability {target / 10:.1f} is not known: expected one of {known}")
     if problem.dtype not in _POINTERS:
         raise LatentizeError(f"GPU kernels take fp32, bf16 and fp16, not {problem.dtype}: convert the model first")
-    chosen = plan(problem, tokens, form)
-    return Compiled(problem, chosen, tuple(_compile(target, problem, step) for step in chosen.steps))
+    cut = Cut.of(problem, tokens, form)
+    return Compiled(problem, cut, tuple(_compile(target, problem, step) for step in steps(problem, cut)))
 
 
 def _compile(target: int, problem: Problem, step: Step) -> CompiledKernel:

@@ -118,17 +118,45 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The steps of one call for a number of tokens: pairs come in blocks of `block` rows, outputs in `splits` parts."""
+class Cut:
+    """How a form cuts its work for some tokens: blocks of `block` rows, outputs in `splits` parts to be added."""
 
     form: Form
-    steps: tuple[Step, ...]
     block: int
     splits: int
 
-    def blocks(self, pairs: int, num_experts: int) -> int:
-        """The largest number of blocks that `pairs` pairs can be cut into."""
-        return min(pairs, -(-pairs // self.block) + min(num_experts, pairs))
+    @classmethod
+    def of(cls, problem: Problem, tokens: int, form: Form | None = None) -> Cut:
+        """The cut for so many tokens; the form is `choose_form`'s where it is None."""
+        form = form or choose_form(problem, tokens)
+        if form == "decode":
+            return cls(form, 16, 1)
+        share = power_of_two(max(1, tokens * problem.top_k // problem.num_experts))  # pairs that an expert gets
+        largest = 128 if form == "grouped" else 128 // problem.dtype.itemsize  # fused: they stay in shared memory whole
+        block = min(largest, max(16, share))
+        if form == "grouped":
+            return cls(form, block, 1)
+        idle = PROGRAMS // max(1, block_count(problem, tokens * problem.top_k, block))
+        return cls(form, block, min(8, power_of_two(max(1, idle)), -(-problem.intermediate // 32)))
+
+
+def block_count(problem: Problem, pairs: int, block: int) -> int:
+    """The largest number of blocks of one expert each that `pairs` pairs can be cut into."""
+    return min(pairs, -(-pairs // block) + min(problem.num_experts, pairs))
+
+
+def workspaces(problem: Problem, tokens: int, cut: Cut) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what the kernels hand one another, by name."""
+    pairs = tokens * problem.top_k
+    if cut.form == "decode":
+        return {"activated": ((pairs, problem.intermediate), torch.float32)}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"order": ((pairs,), torch.int32)}
+    for name in ("block_expert", "block_start", "block_rows"):
+        shapes[name] = ((block_count(problem, pairs, cut.block),), torch.int32)
+    shapes["outputs"] = ((pairs, cut.splits, problem.width), problem.dtype)
+    if cut.form == "grouped":
+        shapes["activated"] = ((pairs, problem.intermediate), problem.dtype)
+    return shapes
 
 
 def choose_form(problem: Problem, tokens: int) -> Form:
@@ -148,55 +176,38 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def block_rows(problem: Problem, tokens: int, form: Form) -> int:
-    """Rows of a block: about the pairs that an expert gets; decode has no blocks."""
-    if form == "decode":
-        return 16
-    share = power_of_two(max(1, tokens * problem.top_k // problem.num_experts))
-    largest = 128 if form == "grouped" else 128 // problem.dtype.itemsize  # fused: they stay in shared memory whole
-    return min(largest, max(16, share))
-
-
-def plan(problem: Problem, tokens: int, form: Form) -> Plan:
-    """The steps of `form`; Triton must be installed."""
-    block = block_rows(problem, tokens, form)
-    pairs = tokens * problem.top_k
-    blocks = min(pairs, -(-pairs // block) + min(problem.num_experts, pairs))
-    splits = 1 if form != "fused" else min(8, power_of_two(max(1, PROGRAMS // blocks)), -(-problem.intermediate // 32))
-    return _plan(problem, form, block, splits)
-
-
 @functools.lru_cache(maxsize=1024)
-def _plan(problem: Problem, form: Form, block: int, splits: int) -> Plan:
+def steps(problem: Problem, cut: Cut) -> tuple[Step, ...]:
+    """The launches of one call, in order; Triton must be installed."""
     from latentize import kernels_triton_decode as decode
     from latentize import kernels_triton_grouped as grouped
     from latentize.kernels_triton_sort import sort_pairs
 
     k, m, width = problem.top_k, problem.intermediate, problem.width
-    constants = {**problem.constants, "BLOCK": block, "SPLITS": splits, "SLICE": 64}
+    constants = {**problem.constants, "BLOCK": cut.block, "SPLITS": cut.splits, "SLICE": 64}
     constants["CHUNK"] = min(128, max(16, 16384 // constants["EXPERTS"]))
 
     def blocks(tokens: int) -> int:
-        return Plan(form, (), block, splits).blocks(tokens * k, problem.num_experts)
+        return block_count(problem, tokens * k, cut.block)
 
     def step(kernel: Any, grid: Grid, configs: tuple[Config, ...]) -> Step:
         own = {name: constants[name] for name in kernel.arg_names if name in constants}
         name = kernel.fn.__name__
-        return Step(name, kernel, own, grid, configs, f"{name} {problem} {block} {splits}")
+        return Step(name, kernel, own, grid, configs, f"{name} {problem} {cut}")
 
-    if form == "decode":
+    if cut.form == "decode":
         first = step(decode.decode_up, lambda t, c: (t * k, -(-m // c["ROWS"])), streaming(problem, width))
         second = step(decode.decode_down, lambda t, c: (t, -(-width // c["ROWS"])), streaming(problem, m))
-        return Plan(form, (first, second), block, splits)
+        return first, second
     sort = step(sort_pairs, lambda t, _: (-(-max(t * k, blocks(t)) // 64),), (Config({}, 8),))
     add = step(grouped.combine, lambda t, c: (t, -(-width // c["COLUMNS"])), combining(width))
-    if form == "fused":
-        both = step(grouped.fused, lambda t, _: (blocks(t) * splits,), fusing(problem, block))
-        return Plan(form, (sort, both, add), block, splits)
-    up_tiles, down_tiles = tiling(problem, block, up=True), tiling(problem, block)
+    if cut.form == "fused":
+        both = step(grouped.fused, lambda t, _: (blocks(t) * cut.splits,), fusing(problem, cut.block))
+        return sort, both, add
+    up_tiles, down_tiles = tiling(problem, cut.block, up=True), tiling(problem, cut.block)
     first = step(grouped.grouped_up, lambda t, c: (blocks(t) * -(-m // c["COLUMNS"]),), up_tiles)
     second = step(grouped.grouped_down, lambda t, c: (blocks(t) * -(-width // c["COLUMNS"]),), down_tiles)
-    return Plan(form, (sort, first, second, add), block, splits)
+    return sort, first, second, add
 
 
 def streaming(problem: Problem, length: int) -> tuple[Config, ...]:

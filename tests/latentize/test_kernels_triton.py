@@ -17,16 +17,17 @@ from latentize.kernels_torch import Experts
 from latentize.kernels_triton import sort_by_torch
 from latentize.kernels_triton_steps import (
     Config,
-    Plan,
+    Cut,
     Problem,
     Step,
-    block_rows,
+    block_count,
     choose_form,
     fitting,
     fusing,
-    plan,
+    steps,
     streaming,
     tiling,
+    workspaces,
 )
 from latentize.kernels_triton_tune import ConfigRefusedError, Tuner
 
@@ -106,7 +107,7 @@ def test_blocks_of_sorted_pairs(seed):
     generator = torch.Generator().manual_seed(seed)
     tokens, k, experts, block = ((1, 1, 1, 16), (50, 3, 7, 16), (200, 4, 3, 32), (9, 9, 1000, 16))[seed % 4]
     indices = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
-    blocks = Plan("grouped", (), block, 1).blocks(indices.numel(), experts)
+    blocks = block_count(problem(experts, k), indices.numel(), block)
     of = sort_by_torch(indices, blocks, experts, block)
     flat, seen = indices.reshape(-1), []
     for expert, start, rows in zip(of["block_expert"], of["block_start"], of["block_rows"], strict=True):
@@ -117,10 +118,10 @@ def test_blocks_of_sorted_pairs(seed):
     assert sorted(seen) == ((flat >= 0) & (flat < experts)).nonzero().flatten().tolist()
 
 
-def test_one_block_more_could_be_needed_never():
-    """The bound is reached: one expert with a full block and one pair, every other with one pair."""
+def test_the_bound_on_blocks_is_tight():
+    """One expert with a full block and one pair more, every other with one pair."""
     indices = torch.cat([torch.zeros(17, dtype=torch.int64), torch.arange(1, 9)])[:, None]
-    bound = Plan("grouped", (), 16, 1).blocks(len(indices), 9)
+    bound = block_count(problem(9, 1), len(indices), 16)
     used = sort_by_torch(indices, 100, 9, 16)["block_rows"].count_nonzero()
     assert used <= bound <= used + 1
 
@@ -132,7 +133,7 @@ def test_configs_fit_the_sizes_and_the_smallest_devices(dtype, width):
     for config in streaming(p, width):
         assert config.constants["INNER"] < 2 * max(16, width)
         assert config.constants["ROWS"] * config.constants["INNER"] * dtype.itemsize <= 4096 * 2
-    largest = block_rows(p, 10**6, "fused")
+    largest = Cut.of(p, 10**6, "fused").block
     for configs in (streaming(p, width), tiling(p, 128, up=True), fusing(p, largest)):
         assert fitting(configs, 101376)[0].shared <= 101376
         assert fitting(configs, 0) == (min(configs, key=lambda config: config.shared),)
@@ -195,12 +196,17 @@ def test_tuner_says_why_no_config_runs():
 
 @needs_triton
 def test_a_step_knows_its_arguments_constants_and_grid():
-    up, down = plan(problem(), 1, "decode").steps
+    up, down = steps(problem(), Cut.of(problem(), 1))
     assert up.arguments == ("hidden", "indices", "weights", "gate", "up", "gate_bias", "up_bias", "activated")
     assert down.arguments[-1] == "combined"
     assert (up.constants["WIDTH"], up.constants["TOP_K"], up.constants["UP_STRIDE"]) == (1024, 8, 768 * 1024)
     assert up.grid(3, {"ROWS": 4}) == (24, 192)
-    assert plan(problem(), 1, "decode") is plan(problem(), 7, "decode")
-    sort, fused, combine = plan(problem(width=128), 64, "fused").steps
+    assert steps(problem(), Cut.of(problem(), 1)) is steps(problem(), Cut.of(problem(), 2))
+    p = problem(width=128)
+    cut = Cut.of(p, 64)
+    sort, fused, combine = steps(p, cut)
     assert (sort.name, fused.name, combine.name) == ("sort_pairs", "fused", "combine")
-    assert fused.grid(64, {}) == (plan(problem(width=128), 64, "fused").blocks(512, 64) * fused.constants["SPLITS"],)
+    assert fused.grid(64, {}) == (block_count(p, 512, cut.block) * cut.splits,)
+    given = {"hidden", "indices", "weights", "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "combined"}
+    named = {name for step in (sort, fused, combine) for name in step.arguments} - {"pairs", "blocks"}
+    assert named - given == set(workspaces(p, 64, cut))

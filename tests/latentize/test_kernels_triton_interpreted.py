@@ -25,7 +25,7 @@ from latentize import kernels_triton, ops
 from latentize.activations import FUNCTIONS, Activation
 from latentize.kernels_torch import Experts
 from latentize.kernels_triton_math import activate
-from latentize.kernels_triton_steps import FORMS, Problem, plan
+from latentize.kernels_triton_steps import FORMS, Cut, Problem, block_count, steps, workspaces
 from latentize.reference import experts_forward
 from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
@@ -161,8 +161,8 @@ def test_many_experts_and_a_large_top_k():
 
 def test_the_form_is_chosen_by_the_number_of_tokens(monkeypatch):
     chosen = []
-    real = kernels_triton.plan
-    monkeypatch.setattr(kernels_triton, "plan", lambda p, t, form: chosen.append(form) or real(p, t, form))
+    real = kernels_triton.run
+    monkeypatch.setattr(kernels_triton, "run", lambda p, cut, t: chosen.append(cut.form) or real(p, cut, t))
     for tokens in (1, 9):
         assert_reference(to(call(tokens), torch.float32))
     assert chosen == ["decode", "fused"]
@@ -228,12 +228,12 @@ def test_the_sorting_kernel_is_the_general_sort(tokens, experts, k):
     generator = torch.Generator().manual_seed(tokens)
     indices = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
     problem = Problem.contiguous(experts, k, 16, 16, torch.float32, SILU, gated=False, biases=False)
-    chosen = plan(problem, tokens, "grouped")
-    blocks = chosen.blocks(indices.numel(), experts)
-    expected = kernels_triton.sort_by_torch(indices, blocks, experts, chosen.block)
-    tensors = kernels_triton.workspaces(chosen, problem, torch.empty(0), tokens)
-    given = {"indices": indices, "pairs": indices.numel(), "blocks": blocks, **tensors}
-    kernels_triton.launch(chosen.steps[0], given, tokens)
+    cut = Cut.of(problem, tokens, "grouped")
+    blocks = block_count(problem, indices.numel(), cut.block)
+    expected = kernels_triton.sort_by_torch(indices, blocks, experts, cut.block)
+    held = {name: torch.empty(s, dtype=dtype) for name, (s, dtype) in workspaces(problem, tokens, cut).items()}
+    given = {"indices": indices, "pairs": indices.numel(), "blocks": blocks, **held}
+    kernels_triton.launch(steps(problem, cut)[0], given, tokens)
     used = expected["block_rows"] > 0
     assert torch.equal(given["order"], expected["order"])
     assert torch.equal(given["block_rows"], expected["block_rows"])
