@@ -93,6 +93,12 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Comma-separated: onnx, tensorrt, nemotron_h (a checkpoint of that architecture), nemotron_h-hub (its weights "
     "named as on the hub).",
 )
+@click.option(
+    "--onnx-form",
+    default="auto",
+    metavar="FORM",
+    help="How the experts' graph orders its work: auto, loop, unrolled, batched, dense, gather, moe, or few+many.",
+)
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file of recipe fields.")
 @click.option("--seed", type=int, help="Seed of everything random. [default: 0]")
 @click.option(
@@ -107,8 +113,8 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @_common
 def convert(
-    model: str, out: Path | None, exports: str | None, recipe_file: Path | None, dry_run: bool, resume: bool,
-    max_loss: float | None, verbose: int, quiet: bool, log_file: Path | None, **fields: Any,
+    model: str, out: Path | None, exports: str | None, onnx_form: str, recipe_file: Path | None, dry_run: bool,
+    resume: bool, max_loss: float | None, verbose: int, quiet: bool, log_file: Path | None, **fields: Any,
 ) -> None:  # fmt: skip
     """Convert MODEL."""
     recipe = _recipe(recipe_file, fields)
@@ -119,7 +125,7 @@ def convert(
     run.convert(
         run.Options(
             model=model, out=out if out is not None else default_out(model), recipe=recipe, exports=wanted,
-            dry_run=dry_run, resume=resume, max_loss=max_loss, quiet=quiet,
+            onnx_form=onnx_form, dry_run=dry_run, resume=resume, max_loss=max_loss, quiet=quiet,
         )
     )  # fmt: skip
 

@@ -287,9 +287,7 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
                 prepared.teacher.blocks[name].spec, prepared.plans[name], statistics,
                 reading=readings.get(name), seed=recipe.seed,
             )  # fmt: skip
-            specs[name] = (
-                spec if recipe.dtype is None else replace(spec.to(getattr(torch, recipe.dtype)), router=spec.router)
-            )
+            specs[name] = in_dtype(spec, recipe)
     progress(len(prepared.plans), len(prepared.plans))
     return {name: specs[name] for name in prepared.plans}
 
@@ -315,6 +313,11 @@ def _readings(prepared: Prepared, specs: Mapping[str, MoESpec], names: Sequence[
     model = passes.replace_blocks(prepared.model, prepared.selected, blocks)
     samples = {name: statistics.sample for name, statistics in prepared.statistics.items()}
     return reread(model, {name: blocks[name] for name in names}, _measured(prepared.teacher, prepared.batches), samples)
+
+
+def in_dtype(spec: MoESpec, recipe: Recipe) -> MoESpec:
+    """The spec with experts and projections in the recipe's dtype, where it names one."""
+    return spec if recipe.dtype is None else replace(spec.to(getattr(torch, recipe.dtype)), router=spec.router)
 
 
 def measure_errors(teacher: Rewritten, student: Rewritten, batches: Sequence[Batch]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from latentize import plots
 from latentize.bench import Timing
+from latentize.compare import Gate
 from latentize.errors import MissingExtraError
 from latentize.report import BlockRecord, Report
 
@@ -39,6 +40,7 @@ def render(report: Report) -> str:
         title=title(report),
         headline=headline(report),
         keys=list(key_numbers(report)),
+        passed=list(passed_gates(report)),
         limits=list(limits(report)),
         totals=totals(report),
     )
@@ -48,6 +50,18 @@ def render(report: Report) -> str:
 def title(report: Report) -> str:
     """The model's name, short."""
     return Path(report.model.name).name or report.model.class_name
+
+
+def passed_gates(report: Report) -> Iterator[str]:
+    """One sentence for each kind of gate that held: the closest call among them."""
+    kinds: dict[tuple[str, float], list[Gate]] = {}
+    for gate in report.gates:
+        if gate.passed:
+            kinds.setdefault((gate.name.partition(",")[0], gate.limit), []).append(gate)
+    for (kind, limit), gates in kinds.items():
+        closest = max(gates, key=lambda gate: gate.value)
+        name = closest.name if len(gates) == 1 else f"{kind} ({len(gates)} comparisons, the worst)"
+        yield f"Gate passed: {name} is {number(closest.value, 3)}, allowed {number(limit, 3)}."
 
 
 def headline(report: Report) -> str:

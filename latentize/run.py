@@ -43,6 +43,7 @@ class Options:
     out: Path
     recipe: Recipe
     exports: tuple[str, ...] = ()
+    onnx_form: str = "auto"
     dry_run: bool = False
     resume: bool = False
     max_loss: float | None = None
@@ -143,6 +144,12 @@ def check_request(options: Options) -> None:
         MissingExtraError: a package that an export needs is missing.
     """
     staging.check_target(options.out)
+    if options.onnx_form != "auto":
+        if not options.graphs:
+            raise LatentizeError("--onnx-form has no graph to shape; add --export onnx")
+        from latentize.exporters.onnx_bodies import check_form
+
+        check_form(options.onnx_form)
     if options.graphs:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             if importlib.util.find_spec(package) is None:
@@ -273,7 +280,13 @@ def _export_original(job: Job, folder: Path) -> Path | None:
 
     with job.steps.step("export"):
         canonical = conversion.canonical(job.source.model, job.survey.selected)
-        return run_onnx.export_original(job.source, canonical.model, folder)
+        path = run_onnx.export_original(job.source, canonical.model, folder)
+        recipe, form = job.options.recipe, job.options.onnx_form
+        if recipe.dtype is not None or form != "auto":
+            specs = {name: conversion.in_dtype(spec, recipe) for name, spec in canonical.specs.items()}
+            trial = conversion.rewrite(job.source.model, job.survey.selected, specs)
+            run_onnx.check_in_form(job.source, trial.model, form, folder)
+        return path
 
 
 def _check_checkpoints(job: Job, prepared: Prepared) -> None:
@@ -303,7 +316,7 @@ def _export(
     with job.steps.step("export"):
         for file in graph.parent.glob(graph.name + "*"):
             shutil.copyfile(file, folder / file.name)
-        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder)
+        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder, job.options.onnx_form)
         rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
         rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
     if "tensorrt" in job.options.exports:

@@ -28,17 +28,35 @@ def export_original(source: Source, canonical: nn.Module, folder: Path) -> Path:
     It comes first in a run: what stops it would stop the rewritten model too, after all the work.
 
     Raises:
-        LatentizeError: the model cannot be exported.
+        LatentizeError: the model cannot be exported, or onnxruntime cannot load the graph.
     """
     from latentize.exporters.onnx import export_onnx
+    from latentize.exporters.onnx_check import open_session
 
     path = folder / ORIGINAL
     export_onnx(canonical, source.args, source.kwargs, path, metadata={"latentize.model": "original"})
+    open_session(path)
     return path
 
 
-def export_rewritten(source: Source, model: nn.Module, recipe: Recipe, folder: Path) -> Path:
-    """Export the rewritten model, with its recipe among the metadata.
+def check_in_form(source: Source, canonical: nn.Module, form: str, folder: Path) -> None:
+    """Export the original with its blocks as the rewritten ones will be (their dtype and form), and load that.
+
+    Raises:
+        LatentizeError: the form cannot express a block, or onnxruntime has no kernel for an operator in the dtype.
+    """
+    from latentize.exporters.onnx import export_onnx
+    from latentize.exporters.onnx_check import open_session
+
+    path = folder / "tried.onnx"
+    export_onnx(canonical, source.args, source.kwargs, path, form=form)
+    open_session(path)
+    for file in folder.glob(path.name + "*"):
+        file.unlink()
+
+
+def export_rewritten(source: Source, model: nn.Module, recipe: Recipe, folder: Path, form: str) -> Path:
+    """Export the rewritten model, with its recipe among the metadata and its experts' bodies in a form.
 
     Raises:
         LatentizeError: the model cannot be exported.
@@ -47,7 +65,7 @@ def export_rewritten(source: Source, model: nn.Module, recipe: Recipe, folder: P
 
     path = folder / REWRITTEN
     metadata = {"latentize.model": "rewritten", "latentize.recipe": json.dumps(recipe.model_dump(mode="json"))}
-    export_onnx(model, source.args, source.kwargs, path, metadata=metadata)
+    export_onnx(model, source.args, source.kwargs, path, form=form, metadata=metadata)
     return path
 
 

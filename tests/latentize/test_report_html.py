@@ -228,6 +228,12 @@ def test_nothing_rewritten_is_a_page_too():
     Page(report_html.render(full_report(blocks=())))
 
 
+def test_gates_of_one_kind_that_held_are_one_sentence_with_the_closest_call():
+    gates = (Gate.of("ONNX, T = 1", 1e-7, 1e-5), Gate.of("ONNX, T = 16", 1.6e-6, 1e-5), Gate.of("rise", 0.1, 0.01))
+    sentences = list(report_html.passed_gates(replace(bare_report(), gates=gates)))
+    assert sentences == ["Gate passed: ONNX (2 comparisons, the worst) is 1.6 · 10⁻⁶, allowed 1.0 · 10⁻⁵."]
+
+
 def test_a_failed_gate_is_called_failed():
     page = Page(report_html.render(replace(bare_report(), gates=(Gate.of("rise", math.nan, 0.01),))))
     assert "Gate failed: rise is NaN, allowed 0.0100" in page.text

@@ -223,6 +223,28 @@ def test_an_interrupted_run_of_another_recipe_is_refused_by_name(net, capsys, mo
     assert "recipe.latent_dim differs" in err
 
 
+def test_a_graph_that_could_not_run_is_known_before_the_long_work(net, capsys):
+    (net / "r.yaml").write_text("dtype: bfloat16\nlatent_dim: 8\n")
+    code, out, err = call(capsys, "net.py", "-o", "out", "--recipe", "r.yaml", "--export", "onnx")
+    assert code == 2
+    assert "onnxruntime has no CPU kernel for Gemm in the graph's dtype" in err
+    assert "statistics" not in out
+    assert call(capsys, "net.py", "-o", "out", "--onnx-form", "loop")[0] == 2
+    code, _, err = call(capsys, "net.py", "-o", "out", "--export", "onnx", "--onnx-form", "spiral")
+    assert code == 2
+    assert "ONNX form 'spiral' is not known" in err
+
+
+def test_the_form_of_the_graph_is_the_one_asked_for(net, capsys):
+    import onnx
+
+    arguments = ("net.py", "-o", "out", "--latent-dim", "8", "--heal", "0", "--export", "onnx", "--onnx-form", "loop")
+    code, _, err = call(capsys, *arguments)
+    assert code == 0, err
+    kept = {entry.key: entry.value for entry in onnx.load(net / "out/model.onnx").metadata_props}
+    assert set(json.loads(kept["latentize.forms"]).values()) == {"loop"}
+
+
 @pytest.mark.slow
 def test_a_disagreeing_graph_is_a_failed_gate(net, capsys, monkeypatch):
     from latentize.exporters import onnx_check
