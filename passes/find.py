@@ -15,6 +15,7 @@ from torch import fx, nn
 from latentize.blocks import Block
 from latentize.moe import LatentMoE
 from latentize.passes import graph
+from latentize.passes.empty_tokens import skips_empty_tokens
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
@@ -116,9 +117,18 @@ def _accepted(model: nn.Module, inputs: list[Inputs]) -> Iterator[Inputs]:
 
 def _best(name: str, items: list[Found]) -> list[Found]:
     """The lifts of one module, each under a name of its own, or its refusal when there are none."""
-    lifted = [i for i in items if i.block.status != "refused"]
+    lifted: list[Found] = []
+    for item in items:
+        if item.block.status != "refused" and not any(_same(item, other) for other in lifted):
+            lifted.append(item)
     named = [replace(i, block=replace(i.block, name=f"{name}#{n}")) for n, i in enumerate(lifted[1:], start=2)]
     return [*lifted[:1], *named] or items[:1]
+
+
+def _same(one: Found, other: Found) -> bool:
+    """Whether two lifts, found from two selections, are one block."""
+    a, b = one.block.spec, other.block.spec
+    return one.site == other.site and (a is None or b is None or torch.equal(a.router.weight, b.router.weight))
 
 
 def _refused(name: str, reason: str) -> Block:
@@ -192,6 +202,8 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         try:
             with quiet():
                 probes, reason = verify(candidate, item.randomised, prober)
+                if not reason and skips_empty_tokens(candidate, item.randomised, prober):
+                    reason = "all-zero tokens get no routed output, though its experts have biases"
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
             continue
