@@ -19,6 +19,7 @@ from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
 from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
+from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
 from latentize.heal_state import Checkpoint, Trainables, training_room
 from latentize.inputs import Batch, Inputs
@@ -74,6 +75,7 @@ def heal(
         job = Job(
             student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
             progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
+            piece_count(teacher, train[0], steps.piece_tokens, steps.pieces),
         )  # fmt: skip
         return _run(job)
 

@@ -86,6 +86,7 @@ class Job:
     checkpoint: Checkpoint
     notes: list[str]
     step_sizes: list[float]
+    pieces: int
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
 
@@ -191,7 +192,7 @@ class Job:
         return loss <= state.loss_before and (starved, loss) < (state.best_starved, state.best_loss)
 
 
-def cosine(step: int, steps: int, warmup: float) -> float:
+def cosine(step: float, steps: int, warmup: float) -> float:
     """The factor on the learning rate: a linear rise over the `warmup` share of the steps, a cosine to zero overall."""
     rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
     return rise * 0.5 * (1.0 + math.cos(math.pi * step / steps))

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation
 from latentize.heal_load import RoutingTap, count, follow, pressure
-from latentize.inputs import Inputs
+from latentize.heal_pieces import pieces_of
+from latentize.inputs import Batch, Inputs
 from latentize.moe import LatentMoE
 
 #: A held-out loss above this multiple of the best one counts as divergence.
@@ -28,17 +29,22 @@ def heal_model(job: Job, state: State) -> None:
     plan = job.plan
     optimizer = job.optimizer(plan.model_rate, state.optimizer)
     while state.model_steps < plan.model_steps and not state.early_stopped:
-        found = _gradients(job, state)
-        trouble = ""
-        if found is None:
+        losses, trouble = [], ""
+        batch = job.train_batch(state.model_steps)
+        for number, piece in enumerate(pieces_of(batch, job.pieces)):
+            share = cosine(state.model_steps + number / job.pieces, plan.model_steps, plan.warmup)
+            found = _gradients(job, state, piece)
+            if found is None:
+                continue
+            if not _finite(*found):
+                trouble = "a loss or gradient was not finite"
+                break
+            losses.append(found[0])
+            job.apply(optimizer, found[1], state.rate_scale * share)
+        if losses:
+            state.curve.append([float(state.model_steps), sum(losses) / len(losses)])
+        elif not trouble:
             state.skipped += 1
-        elif not _finite(*found):
-            trouble = "a loss or gradient was not finite"
-        else:
-            loss, gradients = found
-            factor = state.rate_scale * cosine(state.model_steps, plan.model_steps, plan.warmup)
-            job.apply(optimizer, gradients, factor)
-            state.curve.append([float(state.model_steps), loss])
         state.model_steps += 1
         if not trouble and is_evaluation(state.model_steps, plan.model_steps, plan.evaluations):
             trouble = _evaluate(job, state)
@@ -54,9 +60,8 @@ def heal_model(job: Job, state: State) -> None:
         state.notes.append("healing found no weights better than the ones it started from, which were kept")
 
 
-def _gradients(job: Job, state: State) -> tuple[float, list[Tensor | None]] | None:
-    """Loss of the next batch and its gradients; None where the teacher's own output is not finite."""
-    batch = job.train_batch(state.model_steps)
+def _gradients(job: Job, state: State, batch: Batch) -> tuple[float, list[Tensor | None]] | None:
+    """Loss of a batch and its gradients; None where the teacher's own output is not finite."""
     inputs = Inputs.of(batch)
     with torch.no_grad(), InputTap(job.teacher_blocks) as teacher_inputs:
         target = inputs.call(job.teacher)

@@ -13,7 +13,8 @@ class HealPlan:
     """The work of healing. Both stages warm up to a rate relative to the weights, then follow a cosine to zero.
 
     `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step; `model_steps`
-    steps, one calibration batch each, distil the whole model. The `held_out` share of the batches (at most
+    steps, one calibration batch each, distil the whole model; a batch is taken in up to `pieces` smaller steps of at
+    least `piece_tokens` tokens each. The `held_out` share of the batches (at most
     `held_out_limit`) is never trained on; it is measured `evaluations` times and decides which weights are kept. After
     `patience` measurements in a row without gain the rate falls, and then the stage ends early. An expert below
     `min_load` of the mean load is pushed above it. End to end, the relative squared error of what reaches each block is
@@ -24,8 +25,10 @@ class HealPlan:
     block_steps: int = 200
     model_steps: int = 400
     block_tokens: int = 1024
+    pieces: int = 4
+    piece_tokens: int = 512
     block_rate: float = 0.12
-    model_rate: float = 0.12
+    model_rate: float = 0.2
     warmup: float = 0.05
     held_out: float = 0.05
     held_out_limit: int = 12
