@@ -91,7 +91,7 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
         raise LatentizeError(f"{path}: no such file; export the model first")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
