@@ -114,11 +114,16 @@ def _regions_at(head: Head, output: Value) -> Iterator[Region]:
 
 def _plausible(head: Head, hidden: Value, width: int) -> bool:
     """Whether the experts' width is the router's, or that of a projection of what the router reads."""
-    if width == head.router_input_rows().shape[1]:
-        return True
-    call = graph.base(hidden).call
-    found = None if call is None else graph.projection(call)
-    return found is not None and graph.base(found.activation) is graph.base(head.projection.activation)
+    return width == head.router_input_rows().shape[1] or latent_projection(head, hidden) is not None
+
+
+def latent_projection(head: Head, hidden: Value) -> graph.Projection | None:
+    """The projection of what the router reads that `hidden` comes from, with no other and at most a norm between."""
+    calls, _ = graph.nearest_projections(hidden)
+    found = [p for c in calls if (p := graph.projection(c)) is not None]
+    if len(found) != 1 or graph.base(found[0].activation) is not graph.base(head.projection.activation):
+        return None
+    return found[0]
 
 
 def _carries_tokens(value: Value, output: Value) -> bool:

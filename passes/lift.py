@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from latentize.passes import graph
 from latentize.passes.bound import Bound
-from latentize.passes.capture import Recording
-from latentize.passes.detect import Region, regions
+from latentize.passes.capture import Call, Recording, Value
+from latentize.passes.detect import Region, latent_projection, regions
+from latentize.passes.double import in_fp64
 from latentize.passes.heads import Head
 from latentize.passes.lift_experts import ExpertsFit, fit_experts
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
@@ -30,7 +32,11 @@ class Binding:
 
     def spec(self, recording: Recording, state: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> MoESpec:
         """The spec with tensors evaluated from `state`, the module's parameters and buffers by name."""
+        wide = any(t.dtype == torch.float64 for t in state.values())
+        with in_fp64() if wide else contextlib.nullcontext():
+            return self._spec(recording, state, dtype)
 
+    def _spec(self, recording: Recording, state: Mapping[str, Tensor], dtype: torch.dtype | None) -> MoESpec:
         def tensor(bound: Bound) -> Tensor:
             value = bound.tensor(recording, state).detach()
             return value if dtype is None else value.to(dtype)
@@ -52,11 +58,15 @@ class Binding:
 
 def lift(head: Head) -> tuple[Binding | None, str]:
     """The binding of a router's MoE, or the reason of the candidate that came nearest."""
-    reasons: list[tuple[int, str]] = []
+    reasons: list[tuple[float, str]] = []
     for region in regions(head):
-        binding, progress, reason = _lift_region(region)
+        binding, reached, reason = _lift_region(region)
         if binding is not None:
             return binding, ""
+        progress = float(reached)
+        if region.width != head.router_input_rows().shape[1]:
+            reason = f"its experts work at a latent width of {region.width} already, but {reason}"
+            progress = max(reached, 1) + 0.5
         reasons.append((progress, reason))
     if not reasons:
         return None, "a selection by a router was found, but no experts: no weights are used between it and an output"
@@ -160,16 +170,29 @@ def _from_all_experts(region: Region) -> tuple[Tensor, ExpertsFit] | None:
 
 
 def _is_latent(region: Region) -> bool:
-    """Whether the experts read a projection of what the router reads, and their output is projected back."""
-    call = graph.base(region.hidden).call
-    if call is None:
+    """Whether the experts read a projection of what the router reads, and their output is projected back.
+
+    At the router's own width there is nothing between but reshapes; at another, norms may be.
+    """
+    head = region.head
+    down = latent_projection(head, region.hidden)
+    width = head.router_input_rows().shape[1]
+    if down is None or (region.width == width and graph.base(region.hidden).call is not down.call):
         return False
-    down = graph.projection(call)
-    if down is None or graph.base(down.activation) is not graph.base(region.head.projection.activation):
-        return False
-    width = region.head.router_input_rows().shape[1]
-    for user in graph.users_through_reshapes(region.output):
-        up = graph.projection(user)
-        if up is not None and user.outputs[0].tensor.numel() == region.head.tokens * width:
-            return True
-    return False
+    projected = [c for c in _onward(region.output, through=region.width != width) if graph.projection(c) is not None]
+    return any(c.outputs[0].tensor.numel() == head.tokens * width for c in projected)
+
+
+def _onward(value: Value, *, through: bool) -> Iterator[Call]:
+    """Calls that use a value other than to reshape it; `through`: the contractions that it comes to first."""
+    if not through:
+        yield from graph.users_through_reshapes(value)
+        return
+    stack, seen = [value], {value}
+    while stack:
+        for call in stack.pop().users:
+            if call.name in graph.CONTRACTIONS:
+                yield call
+                continue
+            stack.extend(v for v in call.outputs if v not in seen)
+            seen.update(call.outputs)
