@@ -15,7 +15,6 @@ from torch import fx, nn
 from latentize.blocks import Block
 from latentize.moe import LatentMoE
 from latentize.passes import graph
-from latentize.passes.empty_tokens import skips_empty_tokens
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
@@ -202,8 +201,6 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         try:
             with quiet():
                 probes, reason = verify(candidate, item.randomised, prober)
-                if not reason and skips_empty_tokens(candidate, item.randomised, prober):
-                    reason = "all-zero tokens get no routed output, though its experts have biases"
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
             continue
