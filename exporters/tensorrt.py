@@ -16,19 +16,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError
 
 #: What an engine can be built for: any GPU of compute capability 8.0 or later, or one generation.
 TARGETS = ("portable", "SM80", "SM86", "SM89", "SM120")
+#: How an engine runs the routed experts.
+Experts = Literal["dense", "plugin"]
 #: The body form that TensorRT takes: it rejects loops over active experts and onnxruntime's fused operator.
 FORM = "dense"
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine file. `profile` has the smallest, usual and largest shape of every input; `layers` counts them."""
+    """One engine file. `profile` has the smallest, usual and largest shape of every input.
+
+    `layers` counts the network's layers, `plugins` those of them that are the project's plugin.
+    """
 
     path: Path
     target: str
@@ -36,16 +41,23 @@ class Engine:
     layers: int
     bytes: int
     seconds: float
+    plugins: int = 0
 
 
 def build(
-    out: Path, *, targets: Sequence[str] = ("portable",), max_batch: int = 4, max_tokens: int = 256
+    out: Path,
+    *,
+    targets: Sequence[str] = ("portable",),
+    max_batch: int = 4,
+    max_tokens: int = 256,
+    experts: Experts = "dense",
 ) -> tuple[Engine, ...]:
     """Build an engine for each target from `out`/model.onnx, as `out`/model.TARGET.engine; no GPU is needed.
 
-    The routed experts run as three dense matrix products over all experts, in the dtype of the ONNX file. Inputs take
-    any batch up to `max_batch` and any number of tokens up to `max_tokens`. Running an engine needs an NVIDIA GPU of
-    compute capability 8.0, 8.6, 8.9 or 12.0.
+    With `experts` "dense" they run as three dense matrix products over all experts; with "plugin" as the layer of
+    `tensorrt_plugin`, which reads the selected ones only and must be registered by whoever loads the engine. Both in
+    the dtype of the ONNX file. Inputs take any batch up to `max_batch` and any number of tokens up to `max_tokens`.
+    Running an engine needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9 or 12.0.
 
     Raises:
         LatentizeError: there is no model.onnx, a target is unknown, or TensorRT rejects the model (the node is named).
@@ -65,12 +77,13 @@ def build(
         raise LatentizeError(f"{out} holds no model.onnx: convert with --export onnx first")
     with tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
         work = Path(folder)
-        parsable = _parsable(source, work / "model.onnx")
-        return tuple(_build(parsable, out / f"model.{t}.engine", t, max_batch, max_tokens, work) for t in targets)
+        parsable = _parsable(source, work / "model.onnx", experts)
+        request = {"max_batch": max_batch, "max_tokens": max_tokens, "plugin": experts == "plugin"}
+        return tuple(_build(parsable, out / f"model.{t}.engine", t, request, work) for t in targets)
 
 
-def _parsable(source: Path, path: Path) -> Path:
-    """The model in nothing but standard operators: bodies in TensorRT's form, inlined."""
+def _parsable(source: Path, path: Path, experts: Experts) -> Path:
+    """The model in standard operators, bodies in TensorRT's form inlined; or with the experts' nodes as plugins."""
     import onnx
     import onnx.inliner
     import onnx_ir as ir
@@ -83,29 +96,29 @@ def _parsable(source: Path, path: Path) -> Path:
     except Exception as error:
         raise LatentizeError(f"{source}: not a readable ONNX file ({one_line(error)}); export it again") from error
     model.functions.clear()
-    attach_bodies(model, FORM, model.opset_imports[""])
-    weights = path.name + ".data"
-    ir.save(model, path, external_data=weights)
-    inlined = onnx.inliner.inline_local_functions(onnx.load(path, load_external_data=False))
-    onnx.save(inlined, path)
+    if experts == "dense":
+        attach_bodies(model, FORM, model.opset_imports[""])
+    ir.save(model, path, external_data=path.name + ".data")
+    saved = onnx.load(path, load_external_data=False)
+    if experts == "dense":
+        saved = onnx.inliner.inline_local_functions(saved)
+    else:
+        from latentize.exporters.tensorrt_plugin import name_plugins
+
+        name_plugins(saved)
+    onnx.save(saved, path)
     return path
 
 
-def _build(source: Path, path: Path, target: str, max_batch: int, max_tokens: int, work: Path) -> Engine:
+def _build(source: Path, path: Path, target: str, request: dict[str, Any], work: Path) -> Engine:
     unfinished = work / path.name
-    request = {
-        "source": str(source),
-        "engine": str(unfinished),
-        "target": target,
-        "max_batch": max_batch,
-        "max_tokens": max_tokens,
-    }
     start = time.perf_counter()
-    answer = _ask_worker(request, work)
+    answer = _ask_worker({**request, "source": str(source), "engine": str(unfinished), "target": target}, work)
     if "error" in answer:
         raise LatentizeError(f"{path}: TensorRT cannot build it for {target}: {answer['error']}")
     unfinished.replace(path)
-    return Engine(path, target, answer["profile"], answer["layers"], path.stat().st_size, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Engine(path, target, answer["profile"], answer["layers"], path.stat().st_size, seconds, answer["plugins"])
 
 
 def _ask_worker(request: dict[str, Any], work: Path) -> dict[str, Any]:

@@ -19,6 +19,10 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     import tensorrt_rtx as trt
 
     logger = trt.Logger(trt.Logger.ERROR)
+    if request.get("plugin"):
+        from latentize.exporters.tensorrt_plugin import register
+
+        register(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(0)
     parser = trt.OnnxParser(network, logger)
@@ -41,7 +45,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     if engine is None:
         return {"error": "the builder found no implementation; its messages are above"}
     Path(request["engine"]).write_bytes(engine)
-    return {"profile": shapes, "layers": network.num_layers}
+    plugins = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
+    return {"profile": shapes, "layers": network.num_layers, "plugins": plugins}
 
 
 def shape_range(shape: tuple[int, ...], floating: bool, max_batch: int, max_tokens: int) -> list[list[int]]:

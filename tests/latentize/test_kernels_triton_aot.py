@@ -10,10 +10,12 @@ import sys
 import pytest
 import torch
 
+from latentize import kernels_triton
 from latentize.activations import Activation
 from latentize.errors import LatentizeError, MissingExtraError
+from latentize.kernels_torch import Experts
 from latentize.kernels_triton_aot import compile_for
-from latentize.kernels_triton_steps import Problem
+from latentize.kernels_triton_steps import Cut, Problem, block_count, steps, workspaces
 
 SILU = Activation("silu")
 
@@ -105,3 +107,40 @@ def test_a_missing_triton_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"'triton', which is not installed: pip install 'latentize\[triton\]'"):
         compile_for(90, problem(), "decode")
+
+
+class Driver:
+    """A device as far as Triton asks about one before it launches."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.mark.parametrize("form, tokens", [("decode", 1), ("fused", 9)])
+def test_what_a_launch_passes_is_what_the_kernels_take(form, tokens, monkeypatch):
+    """Everything of a launch but the launch: arguments bound, specialised, compiled."""
+    pytest.importorskip("triton")
+    from triton.runtime import driver
+
+    up, down = torch.randn(3, 16, 16).half(), torch.randn(3, 16, 16).half()
+    experts = Experts(up, up, down, None, up[:, 0], None)
+    hidden, indices = torch.randn(tokens, 16).half(), torch.zeros(tokens, 2, dtype=torch.int64)
+    p = kernels_triton.problem_of(hidden, indices, experts, Activation("gelu", gate_max=7.0), False)
+    cut = Cut.of(p, tokens, form)
+    values = {"hidden": hidden, "indices": indices, "weights": hidden[:, :2], **experts._asdict(), "combined": hidden}
+    values |= {name: torch.empty(s, dtype=dtype) for name, (s, dtype) in workspaces(p, tokens, cut).items()}
+    values |= {"pairs": 2 * tokens, "blocks": block_count(p, 2 * tokens, cut.block)}
+    monkeypatch.setattr(driver, "_active", Driver())
+    for step in steps(p, cut):
+        config = step.configs[0]
+        arguments, grid = [values[name] for name in step.arguments], step.grid(tokens, config.constants)
+        compiled = step.kernel.warmup(*arguments, grid=grid, **step.constants, **config.options())
+        assert compiled.asm["cubin"].startswith(b"\x7fELF")
