@@ -10,11 +10,14 @@ from torch import Tensor
 
 from latentize.activations import Activation
 from latentize.errors import LatentizeError
-from latentize.initialise import initialise, input_sensitivity, routed_only
+from latentize.initialise import PRIOR_TOKENS, initialise, input_sensitivity, local_guesses, routed_only
 from latentize.moe import LatentMoE
 from latentize.plan import make_plan
+from latentize.projections import reconstruction
 from latentize.recipe import Recipe
 from latentize.reference import experts_forward, moe_forward, router_forward
+from latentize.reread import Reading
+from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, Groups, MoESpec, RouterSpec
 from latentize.statistics import BlockStatistics, collect
 
@@ -136,7 +139,8 @@ def test_data_beats_weights_alone(kind: str) -> None:
 
 @pytest.mark.parametrize(
     # Where scores do not sum to one, telling siblings apart also moves their common weight: allowed a few percent.
-    "kind, allowed", [("gated", 1.0), ("biases", 1.02), ("sigmoid with selection bias", 1.05), ("groups", 1.05)]
+    "kind, allowed",
+    [("gated", 1.0), ("biases", 1.02), ("sigmoid with selection bias", 1.05), ("groups", 1.05)],
 )
 def test_more_experts_and_active_ones_start_no_worse_and_differ(kind: str, allowed: float) -> None:
     spec = make_spec(**KINDS[kind])
@@ -160,6 +164,41 @@ def test_more_experts_and_no_more_active_ones_start_no_worse_and_all_alive() -> 
     assert error(spec, eff, fresh) < 1.02 * error(spec, fixed, fresh)
     load = torch.bincount(router_forward(eff, fresh).indices.flatten(), minlength=2 * N).double()
     assert load.min() > 0.1 * load.mean()
+
+
+def test_an_expert_guesses_the_input_from_its_own_tokens() -> None:
+    hidden, projection = text_like(400), torch.eye(D, dtype=torch.float64)[:8]
+    moment = hidden.T @ hidden / 400
+    routing = router_forward(make_spec(), hidden)
+    weights = (routing.weights[:, :, None] * torch.nn.functional.one_hot(routing.indices, N)).sum(1)
+    for expert, guess in enumerate(local_guesses(projection, moment, hidden, routing, N)):
+        rows = hidden * weights[:, expert : expert + 1]
+        count = int((weights[:, expert] > 0).sum())
+        own = rows.T @ rows
+        own += PRIOR_TOKENS * moment * own.trace() / count / moment.trace()
+        expected = own @ projection.T @ torch.linalg.inv(projection @ own @ projection.T)
+        torch.testing.assert_close(guess, expected, rtol=1e-8, atol=1e-8)  # solve against inv
+
+
+def test_an_expert_without_tokens_guesses_from_all_of_them() -> None:
+    hidden, projection = text_like(400), torch.eye(D, dtype=torch.float64)[:8]
+    moment = hidden.T @ hidden / 400
+    routing = Routing(hidden[:, :0], torch.ones(400, 1, dtype=torch.float64), torch.zeros(400, 1, dtype=torch.long))
+    guesses = list(local_guesses(projection, moment, hidden, routing, 2))
+    torch.testing.assert_close(guesses[1], reconstruction(projection, moment), rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_makes_up_for_what_it_reads_instead() -> None:
+    spec, hidden = make_spec(), text_like(2000)
+    statistics, shifted = measure(spec, hidden), hidden @ (torch.eye(D) + 0.2 * random(D, D, seed=30) / D**0.5).double()
+    plan = make_plan({"block": spec}, Recipe(latent_dim=12, variant="fixed"), {"block": statistics})["block"]
+    expected = moe_forward(spec, hidden)
+
+    def missed(reading: Reading | None) -> float:
+        latent = initialise(spec, plan, statistics, reading=reading)
+        return ((moe_forward(latent, shifted) - expected).norm() / expected.norm()).item()
+
+    assert missed(Reading(shifted, None)) < 0.8 * missed(None)
 
 
 def test_the_router_reads_the_full_width() -> None:
