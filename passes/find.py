@@ -25,7 +25,8 @@ from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
 from latentize.passes.trial import Trial, lift_module, named_state
-from latentize.passes.verify import Candidate, difference, run_double, verify
+from latentize.passes.unreadable import unreadable
+from latentize.passes.verify import EMPTY, Candidate, difference, run_double, verify
 from latentize.spec import MoESpec
 
 _log = logging.getLogger(__name__)
@@ -154,6 +155,9 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
+        reason = unreadable(module) if all(item.block.status == "refused" for item in items) else ""
+        if reason:
+            items = [Found(_refused(path or ".", reason))]
         lifted = [item for item in items if item.block.status != "refused"]
         if lifted:
             done.add((path, id(module), inner))
@@ -216,6 +220,8 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
             worst = max((p.error for p in probes), default=0.0)
             return Found(Block(name, "moe", "", spec(module), worst, probes), _at(site, path), template)
         reasons.append(reason)
+        if reason == EMPTY:
+            break
     return Found(_refused(name, reasons[-1] if reasons else "what lies around the routed path could not be rewritten"))
 
 

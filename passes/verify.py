@@ -23,7 +23,6 @@ from latentize.passes.lift_router import TIE, group_ties
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
 from latentize.passes.sites import Site
-from latentize.reference import moe_forward
 from latentize.routing import score, selection_scores
 from latentize.spec import MoESpec
 
@@ -125,7 +124,8 @@ def _compare(
     return probes, ""
 
 
-_EMPTY = "tokens of all zeros, such as padding, are not routed like others"
+#: Reason of a refusal that no other place for the lift can mend.
+EMPTY = "tokens of all zeros, such as padding, are not routed like others"
 
 
 def _skips_empty_tokens(candidate: Candidate, subject: nn.Module, prober: Prober) -> str:
@@ -147,17 +147,15 @@ def _skips_empty_tokens(candidate: Candidate, subject: nn.Module, prober: Prober
     try:
         found = _run(rewritten, inputs, torch.float64)
     except (RuntimeError, IndexError, ValueError):
-        return _EMPTY
-    exact = canonical.spec.to(torch.float64)
-    routed = moe_forward(exact, torch.zeros(1, exact.hidden_size, dtype=torch.float64))
-    if not bool(routed.count_nonzero()):
-        return ""
-    for ours, original in ((found[i], wanted[i]) for i in candidate.outputs):
-        a, b = (_by_token(t.double(), prober.GAPPED) for t in (ours, original))
-        if a is not None and b is not None and a.shape[1] == routed.shape[1]:
-            surplus = (a - b)[empty] - routed
-            if float(surplus.norm(dim=1).min()) <= FLOOR * float(routed.norm()):
-                return _EMPTY
+        return EMPTY
+    handle = canonical.experts.register_forward_hook(lambda _m, _a, out: out.index_fill(0, torch.tensor(empty), 0.0))
+    without = _run(rewritten, inputs, torch.float64)
+    handle.remove()
+    for position in candidate.outputs:
+        original = wanted[position]
+        apart = (_relative(ours[position], original, None, candidate.share)[0] for ours in (without, found))
+        if next(apart) <= FLOOR < next(apart):
+            return EMPTY
     return ""
 
 
