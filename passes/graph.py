@@ -12,6 +12,8 @@ from latentize.passes.capture import Call, Value
 
 #: Calls that select along an axis by size of score.
 SELECTIONS = frozenset({"topk", "sort", "argsort", "max", "argmax", "kthvalue"})
+#: Calls that turn logits into the weights of a mixture.
+SCORES = frozenset({"_softmax", "softmax", "sigmoid", "relu", "clamp_min", "softplus", "exp", "_log_softmax"})
 #: Calls that contract one operand with another.
 CONTRACTIONS = frozenset(
     {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "addmv", "convolution", "_grouped_mm", "dot"}

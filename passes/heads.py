@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,7 +148,7 @@ class Note:
 
     call: Call
     reason: str
-    listed: bool  # whether a person would take it for an MoE
+    near: Literal["no", "beside experts", "yes"]  # whether a person would take it for an MoE
 
 
 def find_heads(recording: Recording) -> tuple[list[Head], list[Note]]:
@@ -162,21 +163,23 @@ def find_heads(recording: Recording) -> tuple[list[Head], list[Note]]:
         found, mixing = graph.nearest_projections(call.inputs[0])
         if mixing:
             reason = f"{call.name} selects by products of activations (attention or retrieval), not by a router"
-            notes.append(Note(call, reason, listed=False))
+            notes.append(Note(call, reason, near="no"))
         elif len(found) == 1:
             by_projection.setdefault(found.pop(), []).append(call)
         elif len(found) > 1:
             reason = f"{call.name} selects by {len(found)} projections combined, not by one router"
-            notes.append(Note(call, reason, listed=False))
+            notes.append(Note(call, reason, near="beside experts"))
     heads = []
     for call, selections in by_projection.items():
         head = _head(recording, call, selections)
         across = [s for s in selections if _across_tokens(head, s)]
         if len(across) == len(selections):
             reason = "it selects tokens for each expert (expert choice), not experts for each token"
+            near: Literal["beside experts", "yes"] = "beside experts"
             if head.num_experts == 1:
                 reason = "it selects which tokens pass through a layer (mixture of depths), not experts for each token"
-            notes.append(Note(across[0], reason, listed=True))
+                near = "yes"
+            notes.append(Note(across[0], reason, near))
             continue
         heads.append(replace(head, selections=[s for s in selections if s not in across]))
     return heads, notes
@@ -260,7 +263,7 @@ def _is_affine(call: Call, value: Value) -> bool:
 
 def _across_tokens(head: Head, selection: Call) -> bool:
     """Whether a selection runs along the tokens: along an axis that neither the experts nor groups of them can fill."""
-    axis = _axis(selection)
+    axis = selection_axis(selection)
     seen = selection.inputs[0]
     indexed = any(v.users for v in selection.outputs if not v.tensor.is_floating_point())
     if axis is None or seen.tensor.dim() == 0 or not indexed:
@@ -274,7 +277,7 @@ def _across_tokens(head: Head, selection: Call) -> bool:
     return length > head.num_experts and seen.tensor.numel() == head.logits.tensor.numel()
 
 
-def _axis(call: Call) -> int | None:
+def selection_axis(call: Call) -> int | None:
     """The axis that a selection runs along; None when it has none."""
     for position, argument in enumerate(call.op._schema.arguments):
         if argument.name == "dim":

@@ -58,6 +58,8 @@ class Binding:
 
 def lift(head: Head) -> tuple[Binding | None, str]:
     """The binding of a router's MoE, or the reason of the candidate that came nearest."""
+    if all(c.name == "topk" and c.args[1] == head.num_experts for c in head.selections):
+        return None, f"it selects all {head.num_experts} experts for each token: a dense mixture, nothing is routed"
     reasons: list[tuple[float, str]] = []
     for region in regions(head):
         binding, reached, reason = _lift_region(region)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from latentize.passes.double import evaluating, kernel
-from latentize.passes.graph import SELECTIONS
+from latentize.passes.graph import CONTRACTIONS, SCORES, SELECTIONS
 
 #: Levels above the module that selects in which the experts are looked for.
 CLIMB = 4
@@ -39,18 +42,62 @@ class Scan:
 
 
 class _Watcher(TorchDispatchMode):
-    def __init__(self) -> None:
+    """Notes the open modules of every selection, and of every score that may weigh a mixture of experts."""
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.open: list[str] = []
         self.chains: dict[tuple[str, ...], None] = {}
+        self.mixtures: dict[tuple[str, ...], None] = {}
+        self.modules = dict(model.named_modules())
+        self.weights = {_storage(p) for p in model.parameters()}
+        self.projected = WeakTensorKeyDictionary()
+        self.holds: dict[tuple[str, int], bool] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in SELECTIONS and args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        name = func.overloadpacket.__name__
+        name = name if name.startswith("_") else name.rstrip("_")
+        first = args[0] if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
+        if first is not None and name in SELECTIONS:
             self.chains[tuple(reversed(self.open))] = None
+        if first is not None and name in SCORES and first in self.projected and self._near_experts(first):
+            self.mixtures[tuple(reversed(self.open))] = None
         if name == "_local_scalar_dense" and args[0].is_meta:
             return _assumed(args[0].dtype)
-        return kernel(func, args)(*args, **(kwargs or {}))
+        result = kernel(func, args)(*args, **(kwargs or {}))
+        given = [a for a in pytree.tree_leaves(args) if isinstance(a, Tensor)]
+        if name in CONTRACTIONS:
+            projected = any(_storage(a) in self.weights for a in given)
+        else:
+            projected = any(a in self.projected for a in given)
+        if projected:
+            self.projected.update({r: True for r in pytree.tree_leaves(result) if isinstance(r, Tensor)})
+        return result
+
+    def _near_experts(self, logits: Tensor) -> bool:
+        """Whether a module near the open one holds weights for as many experts as there are logits or groups of them."""
+        sizes = set(logits.shape[-2:]) if logits.dim() >= 2 else set()
+        for path, size in itertools.product(reversed(self.open[-CLIMB:]), sizes):
+            if (path, size) not in self.holds:
+                self.holds[path, size] = holds_experts(self.modules[path], size)
+            if self.holds[path, size]:
+                return True
+        return False
+
+
+def holds_experts(module: nn.Module, count: int) -> bool:
+    """Whether a module's parameters hold at least two matrices for each of `count` experts, stacked or one by one."""
+    shapes = Counter(p.shape for p in module.parameters() if p.dim() >= 2)
+    stacked = sum(times for shape, times in shapes.items() if len(shape) >= 3 and shape[0] == count)
+    listed = sum(times // count for times in shapes.values() if times % count == 0)
+    return count >= 2 and max(stacked, listed) >= 2
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
 
 
 def _assumed(dtype: torch.dtype) -> bool | int | float:
@@ -65,7 +112,7 @@ def scan(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         Exception: whatever the model raises on these inputs.
     """
     result = Scan()
-    watcher = _Watcher()
+    watcher = _Watcher(model)
     paths: dict[int, str] = {}
     for name, module in model.named_modules():
         paths.setdefault(id(module), name)
@@ -88,8 +135,15 @@ def scan(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         finally:
             for handle in handles:
                 handle.remove()
-    result.chains = list(watcher.chains)
+    apart = [m for m in watcher.mixtures if not any(_of_one_block(m[0], c[0]) for c in watcher.chains)]
+    result.chains = [*watcher.chains, *apart]
     return result
+
+
+def _of_one_block(one: str, other: str) -> bool:
+    """Whether two modules are the same, parent and child, or children of one module that is not the model."""
+    parents = one.rpartition(".")[0], other.rpartition(".")[0]
+    return one == other or one == parents[1] or other == parents[0] or (parents[0] == parents[1] != "")
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

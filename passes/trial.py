@@ -15,7 +15,9 @@ from latentize.passes.double import in_double, in_fp64
 from latentize.passes.heads import Head, Note, find_heads
 from latentize.passes.lift import Binding, lift
 from latentize.passes.lift_router import has_idle_experts
+from latentize.passes.mixtures import find_mixtures
 from latentize.passes.probes import Inputs, Prober
+from latentize.passes.scan import holds_experts
 
 #: Tokens of the run that a lift is made on.
 TOKENS = 48
@@ -38,7 +40,7 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tup
     first = _record(double, prober.seen())
     heads, notes = _heads(first, innermost)
     if not heads:
-        return [], [note.reason for note in notes if note.listed]
+        return [], _near_misses(module, first, notes, innermost)
     noise = [c for c in first.random_calls() if not _without_dropout(c)]
     if noise:
         return [], [f"it draws random numbers in evaluation ({noise[0].name})"]
@@ -49,6 +51,17 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tup
         _quieten(double, heads)
         found, reasons, _ = _lift(double, attempts[-1:], innermost)
     return found, [] if found else reasons
+
+
+def _near_misses(module: nn.Module, recording: Recording, notes: list[Note], innermost: str | None) -> list[str]:
+    """Why what a person might take for an MoE is none."""
+    found = [
+        note.reason for note in notes
+        if note.near == "yes"
+        or (note.near == "beside experts" and any(holds_experts(module, n) for n in note.call.inputs[0].shape))
+    ]  # fmt: skip
+    mixed = find_mixtures(recording)
+    return found + [reason for call, reason in mixed if innermost is None or _path(recording, call) == innermost]
 
 
 def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> tuple[list[Trial], list[str], bool]:
