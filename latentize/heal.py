@@ -19,6 +19,7 @@ from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
 from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
+from latentize.heal_noise import token_embeddings
 from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
 from latentize.heal_state import Checkpoint, Trainables, training_room
@@ -76,6 +77,7 @@ def heal(
             student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
             progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
             piece_count(teacher, train[0], steps.piece_tokens, steps.pieces),
+            token_embeddings((teacher, student), held_out[0]) if loss.kind == "kl" else [],
         )  # fmt: skip
         return _run(job)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_load import RoutingTap, starved_experts
+from latentize.heal_noise import noisy
 from latentize.heal_plan import HealPlan
 from latentize.heal_state import Checkpoint, Trainables
 from latentize.inputs import Batch, Inputs
@@ -87,6 +89,7 @@ class Job:
     notes: list[str]
     step_sizes: list[float]
     pieces: int
+    embeddings: list[nn.Embedding]
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
 
@@ -172,6 +175,10 @@ class Job:
         for part in key:
             value = (value * 1_000_003 + part + 1) % (2**63 - 1)
         return torch.Generator().manual_seed(value)
+
+    def noise(self, *key: int) -> AbstractContextManager[None]:
+        """Token noise in both models for one step, the same whenever it is asked for."""
+        return noisy(self.embeddings, self.plan.noise, lambda: self.generator(2, *key))
 
     def measure(self) -> tuple[float, int]:
         """Held-out loss, and the number of experts below the least load there."""

@@ -33,9 +33,9 @@ class Soap(torch.optim.Optimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = (0.9, 0.97),
         eps: float = 1e-10,
-        refresh: int = 5,
+        refresh: int = 10,
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "refresh": refresh})
 

@@ -32,7 +32,7 @@ def test_vectors_follow_adam():
 def test_matrices_with_both_sides_too_long_follow_adam(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(soap, "MAX_SIDE", 2)
     ours, theirs = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 4, dtype=torch.float64)
-    a = train(Soap([ours], lr=0.1, eps=1e-10), ours, gradients(3, 4))
+    a = train(Soap([ours], lr=0.1, betas=(0.9, 0.99), eps=1e-10), ours, gradients(3, 4))
     b = train(torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.99), eps=1e-10), theirs, gradients(3, 4))
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
