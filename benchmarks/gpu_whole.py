@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_correct import Skipped, Where, block, error
+from gpu_correct import TOLERANCE, Skipped, Where, block, error
+from gpu_speed import FAMILIES, TINY, exact, random_block
 from torch import Tensor
 
 
@@ -118,8 +119,35 @@ def run_engine(path: Path, x: Tensor) -> Tensor:
     return next(iter(outputs.values()))
 
 
+def check_plugin(where: Where) -> str:
+    """The TensorRT plugin's layer on raw device buffers, at the sizes that engines are made for."""
+    from latentize.exporters.tensorrt_plugin import Layer
+
+    device, dtype = torch.device(where.device), where.dtypes[1]
+    sizes = (TINY["tiny"] if where.quick else FAMILIES["Nemotron-3 Super"])[1][0]
+    block = random_block(sizes, where, dtype)
+    e = block.experts
+    names = [name for name in ("gate", "up", "down") if getattr(e, name) is not None]
+    layer = Layer(("hidden", "indices", "weights", *names), e.activation)
+    worst = 0.0
+    for tokens in (2,) if where.quick else (1, 16, 256):
+        hidden = torch.randn(tokens, sizes.latent, device=device).to(dtype)
+        indices = torch.rand(tokens, sizes.experts, device=device).argsort(1)[:, : sizes.top_k].contiguous()
+        weights = torch.rand(indices.shape, device=device).to(dtype)
+        inputs = [hidden, indices, weights, *(getattr(e, name) for name in names)]
+        shapes, pointers = [tuple(t.shape) for t in inputs], [t.data_ptr() for t in inputs]
+        workspace = torch.empty(layer.workspace_bytes(shapes, dtype), dtype=torch.uint8, device=device)
+        output = torch.full_like(hidden, float("nan"))
+        layer.run(shapes, dtype, pointers, output.data_ptr(), workspace.data_ptr(), device)
+        found = error(output, exact(hidden, indices, weights, block))
+        assert found < TOLERANCE[dtype], f"T {tokens}: {found:.1e}, allowed {TOLERANCE[dtype]:.1e}"
+        worst = max(worst, found / TOLERANCE[dtype])
+    return f"{sizes}, {dtype}: {worst:.2f} of the tolerance"
+
+
 CHECKS: dict[str, Callable[[Where], str]] = {
     "sample model": check_model,
     "onnxruntime": check_onnxruntime,
     "TensorRT": check_tensorrt,
+    "TensorRT plugin": check_plugin,
 }
