@@ -19,9 +19,9 @@ from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
 from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
-from latentize.heal_noise import token_embeddings
 from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
+from latentize.heal_splice import token_embeddings
 from latentize.heal_state import Checkpoint, Trainables, training_room
 from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad, expert_load

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_load import RoutingTap, starved_experts
-from latentize.heal_noise import noisy
 from latentize.heal_plan import HealPlan
+from latentize.heal_splice import spliced
 from latentize.heal_state import Checkpoint, Trainables
 from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad
@@ -176,9 +176,9 @@ class Job:
             value = (value * 1_000_003 + part + 1) % (2**63 - 1)
         return torch.Generator().manual_seed(value)
 
-    def noise(self, *key: int) -> AbstractContextManager[None]:
-        """Token noise in both models for one step, the same whenever it is asked for."""
-        return noisy(self.embeddings, self.plan.noise, lambda: self.generator(2, *key))
+    def spliced(self, *key: int) -> AbstractContextManager[None]:
+        """Spliced text in both models for one step, the same whenever it is asked for."""
+        return spliced(self.embeddings, lambda: self.generator(2, *key))
 
     def measure(self) -> tuple[float, int]:
         """Held-out loss, and the number of experts below the least load there."""

@@ -14,7 +14,7 @@ class HealPlan:
 
     `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step; `model_steps`
     steps, one calibration batch each, distil the whole model; a batch is taken in up to `pieces` smaller steps of at
-    least `piece_tokens` tokens, a share `noise` of its token ids replaced by others of the batch. The `held_out` share
+    least `piece_tokens` tokens, with spliced text where there is any. The `held_out` share
     of the batches (at most `held_out_limit`) is never trained on; it is measured `evaluations` times and decides which
     weights are kept. After `patience` measurements in a row without gain the rate falls, and then the stage ends early.
     An expert below `min_load` of the mean load is pushed above it. End to end, the relative squared error of what
@@ -27,13 +27,12 @@ class HealPlan:
     block_tokens: int = 1024
     pieces: int = 4
     piece_tokens: int = 512
-    noise: float = 0.1
     block_rate: float = 0.12
     model_rate: float = 0.2
     warmup: float = 0.05
     held_out: float = 0.05
     held_out_limit: int = 12
-    evaluations: int = 10
+    evaluations: int = 6
     patience: int = 4
     min_load: float = 0.1
     match_inputs: float = 4.0

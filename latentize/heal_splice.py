@@ -1,7 +1,7 @@
-"""Token noise: some of the tokens that two models read are replaced by others, in both alike.
+"""Spliced text: what two models read is cut into pieces of several sequences put together, in both alike.
 
 A teacher answers any text, so a student can learn from texts that nobody wrote. Calibration data is often what the
-teacher was trained on; from noise the student also learns how the teacher behaves where it knows less.
+teacher was trained on; from spliced texts the student also learns how the teacher behaves where it knows less.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def token_embeddings(models: Sequence[nn.Module], batch: Batch) -> list[nn.Embed
 
 
 @contextmanager
-def noisy(embeddings: Sequence[nn.Embedding], share: float, generator: Callable[[], torch.Generator]) -> Iterator[None]:
-    """While inside, a `share` of the token ids [B, T] that the embeddings read are others of the same batch.
+def spliced(embeddings: Sequence[nn.Embedding], generator: Callable[[], torch.Generator]) -> Iterator[None]:
+    """While inside, the token ids [B, T] that the embeddings read are spliced.
 
     `generator` gives one in the same state at every call, so that every embedding reads the same.
     """
 
     def replace(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (replaced(args[0], share, generator()), *args[1:])
+        return (splice(args[0], generator()), *args[1:])
 
-    handles = [embedding.register_forward_pre_hook(replace) for embedding in embeddings] if share else []
+    handles = [embedding.register_forward_pre_hook(replace) for embedding in embeddings]
     try:
         yield
     finally:
@@ -43,8 +43,12 @@ def noisy(embeddings: Sequence[nn.Embedding], share: float, generator: Callable[
             handle.remove()
 
 
-def replaced(ids: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """`ids` with a share of its entries replaced by entries drawn from all of them."""
-    chosen = (torch.rand(ids.shape, generator=generator) < share).to(ids.device)
-    drawn = torch.randint(max(1, ids.numel()), ids.shape, generator=generator).to(ids.device)
-    return torch.where(chosen, ids.flatten()[drawn], ids) if ids.numel() else ids
+def splice(ids: Tensor, generator: torch.Generator) -> Tensor:
+    """`ids` [B, T] cut into spans of a random length, a half to a sixteenth of T, each taken from the next sequence.
+
+    A token stays where it was in its sequence. With one sequence, or tokens in another shape, nothing changes.
+    """
+    if ids.ndim != 2 or ids.shape[0] < 2 or ids.shape[1] < 4:
+        return ids
+    length = int(torch.randint(max(1, ids.shape[1] // 16), ids.shape[1] // 2 + 1, (1,), generator=generator))
+    return torch.cat([span.roll(number, 0) for number, span in enumerate(ids.split(length, 1))], 1)
