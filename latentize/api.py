@@ -184,7 +184,7 @@ def finish(
         errors=errors,
         healing=healing,
         left=survey.left,
-        warnings=[*prepared.warnings, *_unhealed(prepared, healing, recipe)],
+        warnings=[*_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe)],
         rewritten=student.blocks,
         _found=survey.selected,
         _origin=origin,
@@ -195,6 +195,12 @@ def unchanged(model: nn.Module, survey: Survey, recipe: Recipe, origin: Origin) 
     """The result of a conversion that found nothing to rewrite."""
     blocks = [found.block for found in survey.found]
     return Result(model, blocks, recipe, left=survey.left, warnings=["nothing was rewritten"], _origin=origin)
+
+
+def _training(model: nn.Module) -> list[str]:
+    if not any(module.training for module in model.modules()):
+        return []
+    return ["the model is in training mode: it was read, measured and healed in evaluation mode, and left as it was"]
 
 
 def _unhealed(prepared: Prepared, healing: HealReport | None, recipe: Recipe) -> list[str]:

@@ -3,6 +3,7 @@ tokens, and looking at a model leaves it as it was found."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,12 +31,30 @@ class Inputs:
         return cls(kwargs=dict(batch)) if isinstance(batch, Mapping) else cls(args=tuple(batch))
 
     def call(self, model: nn.Module) -> Any:
-        """What `model` returns for these arguments."""
-        return model(*self.args, **self.kwargs)
+        """What `model` returns for these arguments, which stay as they are even where it writes to them."""
+        args, kwargs = owned(self.args, self.kwargs)
+        return model(*args, **kwargs)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor among the arguments, in order."""
         return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
+
+
+def owned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for one call: copies of whatever it may write to, tensors and caches for example."""
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(_copy, (args, dict(kwargs)))
+    return copied
+
+
+def _copy(item: Any) -> Any:
+    if item is None or isinstance(item, (bool, int, float, str)):
+        return item
+    if isinstance(item, Tensor):
+        return item.clone()
+    try:
+        return copy.deepcopy(item)
+    except Exception:  # what cannot be copied is shared
+        return item
 
 
 @contextmanager

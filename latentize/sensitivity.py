@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentize.inputs import Inputs
 from latentize.moe import LatentMoE
 
 
@@ -63,7 +64,7 @@ class Sensitivity:
         """Gradients [T, d] in fp64 at the output of each call of each block; blocks with any missing are left out."""
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.blocks}
         with torch.enable_grad(), _frozen(self.model), _exposed(self.blocks, outputs):
-            answer = _answer(self.model(*args, **kwargs))
+            answer = _answer(Inputs(args, kwargs).call(self.model))
             if answer is None or not answer.requires_grad:
                 return {}
             direction = self._direction(answer.detach(), (*args, *kwargs.values()))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.errors import LatentizeError
+from latentize.inputs import owned
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Form = Literal["file", "hf", "pt2", "module"]
@@ -146,7 +147,8 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """
     try:
         with torch.no_grad():
-            model(*args, **kwargs)
+            given, named = owned(args, kwargs)
+            model(*given, **named)
     except Exception as error:
         if out_of_memory(error):
             raise

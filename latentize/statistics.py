@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.errors import LatentizeError, ResourceError
+from latentize.inputs import Inputs
 from latentize.moe import LatentMoE
 from latentize.routing import Routing
 from latentize.sensitivity import Sensitivity
@@ -139,7 +140,7 @@ def _items(calibration: Iterable[Any]) -> Iterable[Any]:
 def _run(model: nn.Module, item: Any, index: int) -> None:
     args, kwargs = _arguments(item)
     try:
-        model(*args, **kwargs)
+        Inputs(args, kwargs).call(model)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"calibration batch {index}: out of memory; use smaller batches") from error
     except Exception as error:

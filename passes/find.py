@@ -155,7 +155,7 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
-        reason = unreadable(module) if all(item.block.status == "refused" for item in items) else ""
+        reason = unreadable(module, path) if items and all(i.block.status == "refused" for i in items) else ""
         if reason:
             items = [Found(_refused(path or ".", reason))]
         lifted = [item for item in items if item.block.status != "refused"]

@@ -7,6 +7,7 @@ import copy
 import inspect
 import io
 import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -67,7 +68,9 @@ def bound(template: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
     """A captured graph with the parameters and buffers of another copy of the module it was captured from."""
     state: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     own = [*template.named_parameters(), *template.named_buffers()]
-    graph = copy.deepcopy(template, {id(t): state[name] for name, t in own if name in state})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copying a graph's pytree specs warns of a class of torch's own
+        graph = copy.deepcopy(template, {id(t): state[name] for name, t in own if name in state})
     if any(t.dtype == torch.float64 for t in state.values()):
         widen(graph)
         for name, buffer in graph.named_buffers():

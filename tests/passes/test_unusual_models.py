@@ -1,0 +1,187 @@
+"""Models that are called, kept or stored in unusual ways: each is lifted exactly, or refused with its reason."""
+
+import copy
+import re
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import latentize
+
+
+class Moe(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.r = nn.Linear(16, 4, bias=False)
+        self.a = nn.Parameter(torch.randn(4, 12, 16) * 0.2)
+        self.c = nn.Parameter(torch.randn(4, 16, 12) * 0.2)
+
+    def forward(self, hidden):
+        x = hidden.reshape(-1, 16)
+        w, i = self.r(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e in range(4):
+            row, slot = torch.where(i == e)
+            up, down = self.a[e].to(x.dtype), self.c[e].to(x.dtype)
+            out.index_add_(0, row, F.relu(x[row] @ up.T) @ down.T * w[row, slot, None])
+        return out.view(hidden.shape)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.drop = nn.Dropout(0.5)
+        self.moe = Moe()
+
+    def forward(self, x):
+        return x + self.moe(self.drop(self.inner(x)))
+
+
+class KeywordOnly(Net):
+    def forward(self, *, x):
+        return super().forward(x)
+
+
+class Nested(Net):
+    def forward(self, batch):
+        return {"out": [super().forward(batch["x"][0])]}
+
+
+class WithoutTensors(Net):
+    def forward(self, tokens=24):
+        return super().forward(torch.linspace(-3, 3, tokens * 16).cos().view(tokens, 16))
+
+
+class WritesItsInput(Net):
+    def forward(self, x):
+        x += self.moe(self.inner(x))
+        return x
+
+
+class CalledTwice(Net):
+    def forward(self, x):
+        return super().forward(super().forward(x))
+
+
+class SharedWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Moe(), Moe()
+        self.two.a, self.two.c = self.one.a, self.one.c
+
+    def forward(self, x):
+        x = x + self.one(x)
+        return x + self.two(x)
+
+
+class Int8(nn.Module):
+    """A linear layer whose weight is kept in eight bits."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        weight = torch.randn(rows, columns) * 0.3
+        self.register_buffer("scale", weight.abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("codes", (weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return x @ (self.codes.to(x.dtype) * self.scale).T
+
+
+class Quantised(Moe):
+    def __init__(self):
+        super().__init__()
+        del self.a, self.c
+        self.up = nn.ModuleList(Int8(12, 16) for _ in range(4))
+        self.down = nn.ModuleList(Int8(16, 12) for _ in range(4))
+
+    def forward(self, hidden):
+        x = hidden.reshape(-1, 16)
+        w, i = self.r(x).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e in range(4):
+            row, slot = torch.where(i == e)
+            out.index_add_(0, row, self.down[e](F.silu(self.up[e](x[row]))) * w[row, slot, None])
+        return out.view(hidden.shape)
+
+
+def hooked():
+    model = Net()
+    model.moe.register_forward_hook(lambda module, args, output: output * 2)
+    model.moe.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return model
+
+
+X = torch.randn(2, 20, 16, generator=torch.Generator().manual_seed(3))
+MODELS = {
+    "keyword-only arguments": (KeywordOnly, (), {"x": X}),
+    "nested arguments": (Nested, ({"x": [X]},), {}),
+    "no tensors": (WithoutTensors, (), {}),
+    "writes its input": (WritesItsInput, (X,), {}),
+    "called twice": (CalledTwice, (X,), {}),
+    "weights shared between blocks": (SharedWeights, (X,), {}),
+    "hooks": (hooked, (X,), {}),
+    "one token": (Net, (X[:1, :1],), {}),
+    "int8 weights": (Quantised, (X,), {}),
+}
+
+
+def outputs(model, args, kwargs):
+    with torch.no_grad():
+        found = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    return torch.cat([t.flatten() for t in torch.utils._pytree.tree_leaves(found)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_is_lifted_and_rewritten_exactly_and_its_inputs_are_left_alone(name):
+    make, args, kwargs = MODELS[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    before = copy.deepcopy((args, kwargs))
+    recipe = latentize.Recipe(latent_dim=16, experts_factor=2, topk_factor=2, heal_steps=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        result = latentize.convert(model, args, kwargs, recipe=recipe)
+    assert {block.status for block in result.blocks} == {"moe"}, result.blocks
+    wanted, found = outputs(model, args, kwargs), outputs(result.model, args, kwargs)
+    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    for old, new in zip(*(torch.utils._pytree.tree_leaves(v) for v in (before, (args, kwargs))), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_training_mode_is_kept_and_said():
+    torch.manual_seed(0)
+    model = Net().train()
+    result = latentize.convert(model, (X,), recipe=latentize.Recipe(latent_dim=8, heal_steps=0))
+    assert [block.status for block in result.blocks] == ["moe"]
+    assert all(module.training for module in model.modules())
+    assert any("training mode" in line for line in result.warnings)
+
+
+def broken(kind):
+    torch.manual_seed(0)
+    model = Net().eval()
+    if kind == "nan":
+        model.moe.a.data[1, 2, 3] = float("nan")
+    elif kind == "fp8":
+        model.moe.a = nn.Parameter(model.moe.a.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    elif kind == "meta":
+        model.moe.c = nn.Parameter(model.moe.c.to("meta"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nan", r"moe.a \[4, 12, 16\] holds NaN or Inf; repair the weights"),
+        ("fp8", r"moe.a \[4, 12, 16\] is stored as float8_e4m3fn; dequantise it first"),
+        ("meta", "load its weights"),
+    ],
+)
+def test_weights_that_cannot_be_computed_with_are_named(kind, reason):
+    (block,) = latentize.inspect(broken(kind), (X,))
+    assert block.status == "refused"
+    assert re.search(reason, block.reason), block.reason
