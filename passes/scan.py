@@ -87,10 +87,12 @@ class _Watcher(TorchDispatchMode):
 
 def holds_experts(module: nn.Module, count: int) -> bool:
     """Whether a module's parameters hold at least two matrices for each of `count` experts, stacked or one by one."""
+    if count < 2:
+        return False
     shapes = Counter(p.shape for p in module.parameters() if p.dim() >= 2)
     stacked = sum(times for shape, times in shapes.items() if len(shape) >= 3 and shape[0] == count)
     listed = sum(times // count for times in shapes.values() if times % count == 0)
-    return count >= 2 and max(stacked, listed) >= 2
+    return max(stacked, listed) >= 2
 
 
 def _storage(tensor: Tensor) -> int:
