@@ -105,3 +105,15 @@ def test_original_is_as_it_was(pair: tuple[Any, Any]) -> None:
     assert original.config.num_experts == fresh.config.num_experts
     for (name, ours), theirs in zip(original.state_dict().items(), fresh.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
+
+
+@torch.no_grad()
+def test_layers_that_stay_read_the_old_sizes() -> None:
+    """Routers of this family ask the configuration for their top-k when they run."""
+    original: Any = hf.build("diffusion_gemma_text")
+    inputs = hf.inputs(original)
+    exact = latentize.Recipe(latent_dim=32, experts_factor=2, topk_factor=2, heal_steps=0, include=["layers.0"])
+    converted = latentize.convert(original, kwargs=inputs, recipe=exact).model
+    assert converted.config.top_k_experts == 2 * original.config.top_k_experts
+    ours, theirs = (hf.main_output(m(**hf.inputs(m, 3, 9, 4))) for m in (converted, original))
+    assert float((ours - theirs).norm() / theirs.norm()) <= 1e-5
