@@ -4,14 +4,16 @@ Three forms (`kernels_triton_steps.choose_form`): decode for few tokens, fused a
 device anything, so all can be captured into a CUDA graph (run once before: see `kernels_triton_tune`). Results do not
 depend on scheduling: there are no atomics, and sums run in a fixed order.
 
-`LATENTIZE_TRITON=0`, a machine without Triton and dtypes other than fp32, bf16 and fp16 leave it to the plain torch
-kernels. Under `TRITON_INTERPRET=1` the kernels take CPU tensors too, one program at a time, for tests.
+`LATENTIZE_TRITON=0`, a machine without Triton or where it does not work, GPUs before compute capability 8.0 and dtypes
+other than fp32, bf16 and fp16 leave it to the plain torch kernels. Under `TRITON_INTERPRET=1` the kernels take CPU
+tensors too, one program at a time, for tests.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,14 +37,17 @@ from latentize.kernels_triton_steps import (
     workspaces,
 )
 
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(hidden: Tensor, experts: Experts) -> bool:
-    """Whether these kernels can take the tensors as they are: on CUDA, rows contiguous, Triton at hand."""
+    """Whether these kernels can take the tensors as they are: on CUDA, rows contiguous, Triton at hand and working."""
     if hidden.dtype not in _DTYPES or not _available():
         return False
-    return (hidden.is_cuda or _interpreted()) and all(t is None or _rows_contiguous(t) for t in experts)
+    if not all(t is None or _rows_contiguous(t) for t in experts):
+        return False
+    return _works(hidden.device.index) if hidden.is_cuda else _interpreted()
 
 
 def forward(
@@ -162,8 +167,39 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _works(device: int) -> bool:
+    """Whether the kernels run on this device; asked once, by a launch, but not while a CUDA graph is being captured."""
+    return torch.cuda.is_current_stream_capturing() or _launches(device)
+
+
 @functools.cache
+def _launches(device: int) -> bool:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        with torch.cuda.device(device):
+            return _passes_values_through(torch.device("cuda", device))
+    except Exception as error:  # no C compiler, a driver that is too old, a broken installation: all leave it to torch
+        _log.info("Triton's kernels do not run on CUDA device %d, plain torch is used: %s", device, error)
+        return False
+
+
+def _passes_values_through(device: torch.device) -> bool:
+    """One small launch: the sum of one output is that output."""
+    problem = Problem(1, 1, 16, 16, torch.float32, Activation("identity"), up=(256, 16), down=(256, 16))
+    outputs = torch.arange(16.0, device=device).view(1, 16)
+    indices = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    combined = torch.full_like(outputs, float("nan"))
+    launch(steps(problem, Cut("fused", 16, 1))[-1], {"indices": indices, "outputs": outputs, "combined": combined}, 1)
+    return torch.equal(combined, outputs)
+
+
 def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") != "0" and _kernels_interpreted()
+
+
+@functools.cache
+def _kernels_interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
     from latentize.kernels_triton_sort import sort_pairs

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -80,8 +81,37 @@ def test_what_cannot_be_served_falls_back(monkeypatch, obstacle):
     assert torch.isfinite(ops.compute(hidden, indices, weights, *experts, SILU, False)).all()
 
 
-def test_importing_the_operator_imports_no_triton():
-    script = "import sys, latentize.ops, latentize.kernels_triton; assert 'triton' not in sys.modules"
+def test_a_device_on_which_they_do_not_run_is_left_to_torch_with_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+
+    def fails(_):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels_triton, "_passes_values_through", fails)
+    kernels_triton._launches.cache_clear()
+    with caplog.at_level("INFO", logger="latentize.kernels_triton"):
+        assert not kernels_triton._works(0)
+        assert not kernels_triton._works(0)
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "plain torch is used: Failed to find C compiler" in line
+    monkeypatch.setattr(kernels_triton, "_passes_values_through", lambda _: True)
+    kernels_triton._launches.cache_clear()
+    assert kernels_triton._works(0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    kernels_triton._launches.cache_clear()
+    assert not kernels_triton._works(0)
+    kernels_triton._launches.cache_clear()
+
+
+def test_neither_the_operator_nor_running_it_on_cpu_imports_triton():
+    script = (
+        "import sys, torch\nfrom latentize import ops\nfrom latentize.activations import Activation\n"
+        "t, i = torch.ones(1, 1, 1), torch.zeros(1, 1, dtype=torch.int64)\n"
+        "ops.compute(t[0], i, t[0], None, t, t, None, None, None, Activation(), False)\n"
+        "assert 'triton' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -154,7 +154,7 @@ def test_all_tokens_to_one_expert_and_several_blocks_of_it(form):
 
 
 def test_many_experts_and_a_large_top_k():
-    c = to(call(2, experts=1024, k=32, m=4, width=5, gated=False), torch.float32)
+    c = to(call(1, experts=1024, k=32, m=4, width=5, gated=False), torch.float32)
     for form in FORMS:
         assert_reference(c, form)
 
@@ -166,6 +166,10 @@ def test_the_form_is_chosen_by_the_number_of_tokens(monkeypatch):
     for tokens in (1, 9):
         assert_reference(to(call(tokens), torch.float32))
     assert chosen == ["decode", "fused"]
+
+
+def test_the_probe_of_a_device_passes_where_kernels_run():
+    assert kernels_triton._passes_values_through(torch.device("cpu"))
 
 
 def test_no_tokens():
