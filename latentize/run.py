@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from latentize import api, conversion, run_report, staging, terminal
+from latentize import api, conversion, run_export, run_report, staging, terminal
 from latentize.artefact import Origin
 from latentize.bench import Latency
 from latentize.blocks import Block
@@ -22,7 +21,7 @@ from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
-from latentize.inputs import Batch, Inputs, observing
+from latentize.inputs import Batch, observing
 from latentize.load_balance import ExpertLoad, expert_load
 from latentize.progress import Steps
 from latentize.recipe import Recipe
@@ -166,9 +165,9 @@ def dry_run(job: Job) -> None:
         prepared = conversion.prepare(
             job.source.model, job.survey.selected, job.options.recipe, job.batches[:_DRY_BATCHES], progress=progress
         )
-    _check_checkpoints(job, prepared)
+    run_export.check_checkpoints(job, prepared)
     with tempfile.TemporaryDirectory() as folder:
-        _export_original(job, Path(folder))
+        run_export.original(job, Path(folder))
     terminal.print_plan(job.console, run_report.plans(prepared))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     seen = (
@@ -190,7 +189,7 @@ def run(job: Job) -> None:
         job.warnings.append("--resume: there was no interrupted run, so this one started from the beginning")
     elif not job.options.resume:
         kept.open(marks, resume=False)
-    graph = _export_original(job, kept.folder)
+    graph = run_export.original(job, kept.folder)
     prepared, specs = _start(job, kept)
     terminal.print_plan(job.console, run_report.plans(prepared, specs))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
@@ -199,8 +198,8 @@ def run(job: Job) -> None:
     with staging.staged(job.options.out) as folder:
         with job.steps.step("save"):
             result.write(folder)
-        _export_checkpoints(job, folder, result)
-        onnx = _export(job, folder, graph, prepared.teacher, result, gates)
+        run_export.checkpoints(job, folder, result)
+        onnx = run_export.graphs(job, folder, graph, prepared.teacher, result, gates)
         measured = _compare(job, folder, prepared.teacher, result, evaluation, onnx, gates)
         with job.steps.step("report"):
             report = run_report.write(job, result, prepared, measured, folder)
@@ -232,7 +231,7 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
             )  # fmt: skip
     with job.steps.step("plan"):
         prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics)
-        _check_checkpoints(job, prepared)
+        run_export.check_checkpoints(job, prepared)
     with job.steps.step("initialise") as progress:
         specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))
     return prepared, specs
@@ -270,63 +269,6 @@ def _evaluate(job: Job, model: Any) -> dict[str, float]:
         return {}
     with observing(model):
         return job.source.evaluate(model)
-
-
-def _export_original(job: Job, folder: Path) -> Path | None:
-    """The original's graph, exported before the long work: what stops it would stop the rewritten model's too."""
-    if not job.options.graphs:
-        return None
-    from latentize import run_onnx
-
-    with job.steps.step("export"):
-        canonical = conversion.canonical(job.source.model, job.survey.selected)
-        path = run_onnx.export_original(job.source, canonical.model, folder)
-        recipe, form = job.options.recipe, job.options.onnx_form
-        if recipe.dtype is not None or form != "auto":
-            specs = {name: conversion.in_dtype(spec, recipe) for name, spec in canonical.specs.items()}
-            trial = conversion.rewrite(job.source.model, job.survey.selected, specs)
-            run_onnx.check_in_form(job.source, trial.model, form, folder)
-        return path
-
-
-def _check_checkpoints(job: Job, prepared: Prepared) -> None:
-    if job.options.checkpoints:
-        from latentize.exporters import nemotron_h
-
-        nemotron_h.check(job.source.model, prepared.teacher.specs, prepared.plans)
-
-
-def _export_checkpoints(job: Job, folder: Path, result: api.Result) -> None:
-    """Each asked-for checkpoint in a folder of its name."""
-    for name in job.options.checkpoints:
-        from latentize.exporters import nemotron_h
-
-        with job.steps.step("checkpoint"):
-            inputs = Inputs(job.source.args, job.source.kwargs)
-            nemotron_h.write(folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub"))
-
-
-def _export(
-    job: Job, folder: Path, graph: Path | None, teacher: Rewritten, result: api.Result, gates: list[Gate]
-) -> tuple[OnnxAgreement, ...] | None:
-    if graph is None:
-        return None
-    from latentize import run_onnx
-
-    with job.steps.step("export"):
-        for file in graph.parent.glob(graph.name + "*"):
-            shutil.copyfile(file, folder / file.name)
-        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder, job.options.onnx_form)
-        rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
-        rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
-    if "tensorrt" in job.options.exports:
-        from latentize.exporters import tensorrt
-
-        with job.steps.step("engine"):
-            tensorrt.build(folder)
-    title = "ONNX against PyTorch"
-    gates.extend(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance) for r in rows)
-    return tuple(rows)
 
 
 def _compare(

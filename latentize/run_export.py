@@ -1,0 +1,78 @@
+"""The exports of a run: graphs and checkpoints, what would stop them looked for before the long work."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentize import api, conversion
+from latentize.compare import Gate
+from latentize.conversion import Prepared, Rewritten
+from latentize.inputs import Inputs
+from latentize.report import OnnxAgreement
+
+if TYPE_CHECKING:
+    from latentize.run import Job
+
+
+def original(job: Job, folder: Path) -> Path | None:
+    """The original's graph, exported before the long work: what stops it would stop the rewritten model's too."""
+    if not job.options.graphs:
+        return None
+    from latentize import run_onnx
+
+    with job.steps.step("export"):
+        canonical = conversion.canonical(job.source.model, job.survey.selected)
+        path = run_onnx.export_original(job.source, canonical.model, folder)
+        recipe, form = job.options.recipe, job.options.onnx_form
+        if recipe.dtype is not None or form != "auto":
+            specs = {name: conversion.in_dtype(spec, recipe) for name, spec in canonical.specs.items()}
+            trial = conversion.rewrite(job.source.model, job.survey.selected, specs)
+            run_onnx.check_in_form(job.source, trial.model, form, folder)
+        return path
+
+
+def check_checkpoints(job: Job, prepared: Prepared) -> None:
+    """Raise the LatentizeError of what a checkpoint that was asked for has no room for."""
+    if job.options.checkpoints:
+        from latentize.exporters import nemotron_h
+
+        nemotron_h.check(job.source.model, prepared.teacher.specs, prepared.plans)
+
+
+def checkpoints(job: Job, folder: Path, result: api.Result) -> None:
+    """Each asked-for checkpoint in a folder of its name."""
+    for name in job.options.checkpoints:
+        from latentize.exporters import nemotron_h
+
+        with job.steps.step("checkpoint"):
+            inputs = Inputs(job.source.args, job.source.kwargs)
+            nemotron_h.write(folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub"))
+
+
+def graphs(
+    job: Job, folder: Path, graph: Path | None, teacher: Rewritten, result: api.Result, gates: list[Gate]
+) -> tuple[OnnxAgreement, ...] | None:
+    """The rewritten model's graph, and engines where asked for; how well both graphs agree with PyTorch joins `gates`.
+
+    `graph` is the original's, made by `original`; None where no graph was asked for.
+    """
+    if graph is None:
+        return None
+    from latentize import run_onnx
+
+    with job.steps.step("export"):
+        for file in graph.parent.glob(graph.name + "*"):
+            shutil.copyfile(file, folder / file.name)
+        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder, job.options.onnx_form)
+        rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
+        rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
+    if "tensorrt" in job.options.exports:
+        from latentize.exporters import tensorrt
+
+        with job.steps.step("engine"):
+            tensorrt.build(folder)
+    title = "ONNX against PyTorch"
+    gates.extend(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance) for r in rows)
+    return tuple(rows)
