@@ -75,8 +75,9 @@ class _Watcher(TorchDispatchMode):
         return result
 
     def _near_experts(self, logits: Tensor) -> bool:
-        """Whether a module near the open one holds weights for as many experts as there are logits or groups of them."""
-        sizes = set(logits.shape[-2:]) if logits.dim() >= 2 else set()
+        """Whether a module near the open one holds weights for as many experts as there are logits, or for a part."""
+        last = logits.shape[-2:] if logits.dim() >= 2 else ()
+        sizes = {size // slots for size in last for slots in range(1, 5) if size % slots == 0}
         for path, size in itertools.product(reversed(self.open[-CLIMB:]), sizes):
             if (path, size) not in self.holds:
                 self.holds[path, size] = holds_experts(self.modules[path], size)
