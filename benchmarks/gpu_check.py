@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: is it right, and how fast is it?
 
     python benchmarks/gpu_check.py                    all of it (`make gpu-check`); ends with status 1 if a check fails
-    python benchmarks/gpu_check.py --only forms sizes --no-times
+    python benchmarks/gpu_check.py --only forms sizes --no-times      in parts: results are added to those at hand
+    python benchmarks/gpu_check.py --only --families 95BT-8BA
     python benchmarks/gpu_check.py --dry-run          on CPU in Triton's interpreter, tiny, nothing kept: does it run?
 
 Writes results/gpu-DEVICE.json and .txt. Without a CUDA device it says so and ends with status 2.
@@ -50,18 +51,17 @@ def main() -> int:
         return 2
     checks = []
     os.environ.setdefault("LATENTIZE_TUNE", "0")  # for checks of many small shapes; times are taken tuned
-    for outcome in gpu_correct.run_checks(where, {name: known[name] for name in chosen.only or known}):
+    names = list(known) if chosen.only is None else chosen.only
+    for outcome in gpu_correct.run_checks(where, {name: known[name] for name in names}):
         print(f"{outcome['outcome']:>7}  {outcome['check']}: {outcome['found']}", flush=True)
         checks.append(outcome)
     del os.environ["LATENTIZE_TUNE"]
-    record: dict[str, Any] = {"device": device_name(where.device), "checks": checks, "times": [], "requirements": []}
+    record: dict[str, Any] = {"device": device_name(where.device), "checks": checks, "times": []}
     if not chosen.no_times:
         with torch.no_grad():
-            record |= measured(where, chosen.tokens)
-    text = page(record)
-    print(text)
-    if not chosen.no_keep:
-        write(Path(chosen.output), record, text)
+            record |= measured(where, chosen.tokens, chosen.families)
+    record = keep(Path(chosen.output), record) if not chosen.no_keep else record
+    print(page(record))
     return int(any(outcome["outcome"] == "failed" for outcome in checks))
 
 
@@ -69,7 +69,8 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on CPU in Triton's interpreter")
-    parser.add_argument("--only", nargs="+", metavar="CHECK", help="the checks to run; all by default")
+    parser.add_argument("--only", nargs="*", metavar="CHECK", help="the checks to run; all by default")
+    parser.add_argument("--families", nargs="+", help="the families of blocks to time; all by default")
     parser.add_argument("--tokens", type=int, nargs="+", default=None, metavar="T")
     parser.add_argument("--no-times", action="store_true", help="checks only")
     parser.add_argument("--no-keep", action="store_true", help="write no files")
@@ -81,24 +82,23 @@ def arguments() -> argparse.Namespace:
     return chosen
 
 
-def measured(where: Any, tokens: list[int]) -> dict[str, Any]:
-    """Times of every family, with the device's measured peaks, and what is required of them."""
+def measured(where: Any, tokens: list[int], families: Sequence[str] | None) -> dict[str, Any]:
+    """Times of the families, with the device's measured peaks."""
     import torch
     from gpu_speed import FAMILIES, TINY, measure, overlap, peaks
 
     dtype = torch.float32 if where.quick else torch.bfloat16
     copied, gemm = peaks(where, dtype)
     times: list[dict[str, Any]] = []
-    for family in TINY if where.quick else FAMILIES:
+    for family in families or (TINY if where.quick else FAMILIES):
         start = time.perf_counter()
         times += measure(family, tokens, where, dtype, copied, gemm)
         print(f"{family}: measured in {time.perf_counter() - start:.0f} s", flush=True)
         if where.device != "cpu":
             torch.cuda.empty_cache()
-    if where.device != "cpu":
+    if where.device != "cpu" and not families:
         times += overlap(where, dtype, [t for t in tokens if t <= 256])
-    measured_peaks = {"copy_gb_s": copied / 1e9, "gemm_tflop_s": gemm / 1e12}
-    return {"peaks": measured_peaks, "times": times, "requirements": requirements(times)}
+    return {"peaks": {"copy_gb_s": copied / 1e9, "gemm_tflop_s": gemm / 1e12}, "times": times}
 
 
 def requirements(times: Sequence[Row]) -> list[dict[str, Any]]:
@@ -145,9 +145,8 @@ def page(record: Mapping[str, Any]) -> str:
         columns = {"family": "", "block": "", "form": "", "tokens": "", "us": ".1f", "mode": "", "bandwidth": ".2f",
                    "gemm": ".2f"}  # fmt: skip
         parts += [table(record["times"], columns), table(ratios(record["times"]), RATIOS)]
-    if record["requirements"]:
-        asked = {"what": "", "required": ".3g", "measured": ".3g", "met": ""}
-        parts.append(table(record["requirements"], asked))
+    if asked := requirements(record["times"]):
+        parts.append(table(asked, {"what": "", "required": ".3g", "measured": ".3g", "met": ""}))
     outcomes = [check["outcome"] for check in record["checks"]]
     parts.append("checks: " + ", ".join(f"{outcomes.count(name)} {name}" for name in ("ok", "failed", "skipped")))
     return "\n\n".join(parts)
@@ -180,20 +179,35 @@ def device_name(device: str) -> str:
     return "CPU (interpreter)" if device == "cpu" else torch.cuda.get_device_name()
 
 
-def write(folder: Path, record: Mapping[str, Any], text: str) -> None:
-    """Both files, named after the device, with the software that was used."""
+def keep(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Write both files, named after the device; what they held from earlier runs stays unless measured again."""
     import torch
     import triton
 
     from latentize.report import Environment
 
     name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", record["device"].lower()).strip("-")
+    path = folder / f"{name}.json"
+    old = json.loads(path.read_text()) if path.exists() else {}
     versions = {"triton": triton.__version__, "cuda": torch.version.cuda}
-    full = {**record, "environment": {**asdict(Environment.here()), **versions}}
+    merged = {
+        **old, **record,
+        "checks": merge(old.get("checks", []), record["checks"], ("check",)),
+        "times": merge(old.get("times", []), record["times"], ("family", "block", "form", "tokens")),
+        "environment": {**asdict(Environment.here()), **versions},
+    }  # fmt: skip
+    merged["requirements"] = requirements(merged["times"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(full, indent=1, ensure_ascii=False) + "\n")
-    (folder / f"{name}.txt").write_text(text + "\n")
-    print(f"written: {folder / name}.json and .txt")
+    path.write_text(json.dumps(merged, indent=1, ensure_ascii=False) + "\n")
+    path.with_suffix(".txt").write_text(page(merged) + "\n")
+    print(f"written: {path} and .txt")
+    return merged
+
+
+def merge(old: Sequence[Row], new: Sequence[Row], key: Sequence[str]) -> list[Row]:
+    """The old rows with the new ones in place of those that agree with them in `key`."""
+    replaced = {tuple(row[column] for column in key) for row in new}
+    return [row for row in old if tuple(row[column] for column in key) not in replaced] + list(new)
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def streaming(problem: Problem, length: int) -> tuple[Config, ...]:
     """Configs of the decode kernels, whose inner loop runs over `length`; the first is taken where nothing is tuned."""
     size = problem.dtype.itemsize
     chosen = []
-    sizes = ((4, 1024, 4, 3), (8, 512, 4, 3), (2, 2048, 4, 3), (4, 1024, 4, 1), (1, 4096, 4, 2))
+    sizes = ((4, 1024, 4, 3), (8, 512, 4, 3), (2, 2048, 4, 3), (4, 1024, 4, 1))
     for rows, nbytes, warps, stages in sizes:
         inner = min(nbytes // size, max(16, power_of_two(length)))
         rows = min(64, rows * (nbytes // size) // inner)  # short rows: more of them
@@ -226,9 +226,10 @@ def streaming(problem: Problem, length: int) -> tuple[Config, ...]:
 def tiling(problem: Problem, block: int, *, up: bool = False) -> tuple[Config, ...]:
     """Configs of a grouped matrix product: columns of the result and bytes of a row of an operand tile."""
     operands = 2 if up and problem.gate is not None else 1
-    sizes = ((64, 128, 4, 3), (128, 128, 8, 3), (64, 128, 4, 5), (128, 128, 4, 4), (256, 128, 8, 3), (64, 256, 4, 3))
+    few = ((64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 4), (32, 256, 4, 4))  # rows: weights stream past them
+    many = ((64, 128, 4, 3), (128, 128, 8, 3), (256, 128, 8, 3), (128, 128, 8, 4))
     chosen = []
-    for columns, nbytes, warps, stages in sizes:
+    for columns, nbytes, warps, stages in few if block <= 32 else many:
         if block * columns * operands > 128 * 32 * warps:  # fp32 accumulators: at most 128 registers of a thread
             continue
         shared = stages * nbytes * (block + operands * columns)
@@ -240,7 +241,7 @@ def fusing(problem: Problem, block: int) -> tuple[Config, ...]:
     """Configs of the fused kernel: neurons of one turn of its loop."""
     padded, size = max(16, power_of_two(problem.width)), problem.dtype.itemsize
     operands = 2 if problem.gate is None else 3
-    sizes = ((32, 4, 2), (64, 8, 2), (32, 8, 3), (64, 4, 2), (16, 4, 2), (16, 4, 1))
+    sizes = ((32, 4, 2), (64, 8, 2), (32, 8, 3), (16, 4, 2), (16, 4, 1))
     return tuple(
         Config({"COLUMNS": columns}, warps, stages, padded * size * (block + stages * operands * columns))
         for columns, warps, stages in sizes

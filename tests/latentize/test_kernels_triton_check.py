@@ -104,6 +104,12 @@ def test_requirements_are_read_off_the_rows(gpu_check):
     }
 
 
+def test_runs_in_parts_add_up(gpu_check):
+    old = [{"check": "a", "outcome": "failed"}, {"check": "b", "outcome": "ok"}]
+    merged = gpu_check.merge(old, [{"check": "a", "outcome": "ok"}, {"check": "c", "outcome": "ok"}], ("check",))
+    assert [(row["check"], row["outcome"]) for row in merged] == [("b", "ok"), ("a", "ok"), ("c", "ok")]
+
+
 def test_ratios_set_latent_against_original_and_against_torch(gpu_check):
     rows = [
         row("f", "original", "block ours", 4, 90.0),

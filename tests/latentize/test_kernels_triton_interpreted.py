@@ -154,9 +154,7 @@ def test_all_tokens_to_one_expert_and_several_blocks_of_it(form):
 
 
 def test_many_experts_and_a_large_top_k():
-    c = to(call(1, experts=1024, k=32, m=4, width=5, gated=False), torch.float32)
-    for form in FORMS:
-        assert_reference(c, form)
+    assert_reference(to(call(1, experts=1024, k=32, m=4, width=5, gated=False), torch.float32), "fused")
 
 
 def test_the_form_is_chosen_by_the_number_of_tokens(monkeypatch):
