@@ -1,8 +1,10 @@
 """What is saved comes back to the bit, for every form of model, and what cannot be saved leaves nothing behind."""
 
 import json
+from pathlib import Path
 
 import pytest
+import small_moe
 import torch
 from torch import nn
 
@@ -14,33 +16,7 @@ from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 transformers = pytest.importorskip("transformers")
 
-MODEL = """
-import torch
-import torch.nn.functional as F
-from torch import nn
-class Moe(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.r = nn.Linear(16, 4, bias=False)
-        self.a = nn.Parameter(torch.randn(4, 12, 16) * 0.2)
-        self.c = nn.Parameter(torch.randn(4, 16, 12) * 0.2)
-    def forward(self, x):
-        w, i = self.r(x).softmax(-1).topk(2, -1)
-        out = torch.zeros_like(x)
-        for e in range(4):
-            row, slot = torch.where(i == e)
-            out.index_add_(0, row, F.relu(x[row] @ self.a[e].T) @ self.c[e].T * w[row, slot, None])
-        return out
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(16, 16)
-        self.moe = Moe()
-    def forward(self, x):
-        return x + self.moe(self.inner(x))
-def build_model():
-    torch.manual_seed(0)
-    return Net().eval()
+MODEL = Path(small_moe.__file__).read_text() + """
 def example_inputs():
     return (torch.randn(40, 16, generator=torch.Generator().manual_seed(1)),)
 def evaluate(model):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import call
 
 from latentize import cli
 from latentize.errors import GateError, LatentizeError, NothingToRewriteError, ResourceError
@@ -14,14 +15,6 @@ import torch
 def build_model(): return torch.nn.Linear(4, 4)
 def example_inputs(): return (torch.randn(2, 4),)
 """
-
-
-def call(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command run in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return stopped.value.code or 0, output.out, output.err
 
 
 @pytest.fixture

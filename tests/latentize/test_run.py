@@ -5,12 +5,15 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import small_moe
 import torch
+from command_line import call
 
 import latentize
-from latentize import api, cli, report
+from latentize import api, report
 from latentize.errors import GateError
 from latentize.inputs import Inputs
 from latentize.run_onnx import redraw
@@ -18,33 +21,7 @@ from latentize.sources import Source, open_model
 
 pytest.importorskip("onnxruntime")
 
-MODEL = """
-import torch
-import torch.nn.functional as F
-from torch import nn
-class Moe(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.r = nn.Linear(16, 4, bias=False)
-        self.a = nn.Parameter(torch.randn(4, 12, 16) * 0.2)
-        self.c = nn.Parameter(torch.randn(4, 16, 12) * 0.2)
-    def forward(self, x):
-        w, i = self.r(x).softmax(-1).topk(2, -1)
-        out = torch.zeros_like(x)
-        for e in range(4):
-            row, slot = torch.where(i == e)
-            out.index_add_(0, row, F.relu(x[row] @ self.a[e].T) @ self.c[e].T * w[row, slot, None])
-        return out
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(16, 16)
-        self.moe = Moe()
-    def forward(self, x):
-        return x + self.moe(self.inner(x))
-def build_model():
-    torch.manual_seed(0)
-    return Net().eval()
+MODEL = Path(small_moe.__file__).read_text() + """
 def batch(seed, rows=64):
     return (torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)),)
 def example_inputs():
@@ -55,13 +32,6 @@ def evaluate(model):
     wanted = build_model()(*batch(99))
     return {"error": 1.0 + (model(*batch(99)) - wanted).norm().item() / wanted.norm().item()}
 """
-
-
-def call(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    output = capsys.readouterr()
-    return stopped.value.code or 0, output.out, output.err
 
 
 @pytest.fixture
