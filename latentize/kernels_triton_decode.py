@@ -112,7 +112,7 @@ def decode_down(
         weight = 1.0
         if not ON_INPUT:
             weight = tl.load(weights + pair).to(tl.float32)
-        seen = (at < INTERMEDIATE) & real
+        seen = at < tl.where(real, INTERMEDIATE, 0)
         h = load_fp32(activated + pair * INTERMEDIATE + at, seen)
         h = tl.where(real, h * weight, 0.0)
         at_down = down + expert * DOWN_STRIDE + row[:, None] * DOWN_ROW + at[None, :]
@@ -122,7 +122,7 @@ def decode_down(
         expert = tl.load(indices + token * TOP_K + slot)
         if down_bias is not None:
             real = (expert >= 0) & (expert < NUM_EXPERTS)
-            bias = load_fp32(down_bias + expert * DOWN_BIAS_STRIDE + row, (row < WIDTH) & real)
+            bias = load_fp32(down_bias + expert * DOWN_BIAS_STRIDE + row, row < tl.where(real, WIDTH, 0))
             if not ON_INPUT:
                 bias *= tl.load(weights + token * TOP_K + slot).to(tl.float32)
             total += tl.where(real, bias, 0.0)

@@ -254,6 +254,6 @@ def combine(
         real = (expert >= 0) & (expert < NUM_EXPERTS)
         for split in range(SPLITS):
             at = outputs + (pair * SPLITS + split) * WIDTH + column
-            total += load_fp32(at, (column < WIDTH) & real)
+            total += load_fp32(at, column < tl.where(real, WIDTH, 0))
         total = tl.where(expert < 0, float("nan"), total)
     tl.store(combined + token * WIDTH + column, total.to(combined.dtype.element_ty), mask=column < WIDTH)
