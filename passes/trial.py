@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from latentize.passes import graph
 from latentize.passes.capture import Call, Recording, Value, record
@@ -21,6 +23,8 @@ from latentize.passes.scan import holds_experts
 
 #: Tokens of the run that a lift is made on.
 TOKENS = 48
+#: Uses of one router in a run above which its tokens come to it in pieces.
+MANY = 4
 SEED = 0
 
 
@@ -71,7 +75,14 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
     for inputs in attempts:
         recording = _record(module, inputs)
         found, reasons, idle = [], [], False
-        for head in _heads(recording, innermost)[0]:
+        heads = _heads(recording, innermost)[0]
+        single = _as_one_sequence(inputs) if _most_uses(heads) > 1 else None
+        if single is not None:  # a batch may be worked through sequence by sequence
+            inputs, recording = single, _record(module, single)
+            heads = _heads(recording, innermost)[0]
+        if _most_uses(heads) > MANY:
+            return [], [_IN_PIECES], False
+        for head in heads:
             binding, reason = lift(head)
             if binding is None:
                 reasons.append(reason)
@@ -81,6 +92,25 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
         if found or not reasons:
             return found, reasons, idle
     return [], reasons, idle
+
+
+_IN_PIECES = "it works through its tokens piece by piece, so that no one step of it is the whole block"
+
+
+def _as_one_sequence(inputs: Inputs) -> Inputs | None:
+    """The same tokens as one sequence, where hidden states [B, T, d] with B > 1 are the only tensor."""
+    tensors = [a for a in pytree.tree_leaves((inputs.args, inputs.kwargs)) if isinstance(a, Tensor)]
+    if len(tensors) != 1 or not tensors[0].is_floating_point() or tensors[0].dim() != 3 or tensors[0].shape[0] < 2:
+        return None
+    flat = tensors[0].reshape(1, -1, tensors[0].shape[-1])
+    args, kwargs = pytree.tree_map(lambda a: flat if isinstance(a, Tensor) else a, (inputs.args, inputs.kwargs))
+    return Inputs(inputs.name, args, kwargs)
+
+
+def _most_uses(heads: list[Head]) -> int:
+    """How often the router that is used most is used."""
+    weights = [frozenset().union(*map(_sources, head.weight.values)) for head in heads]
+    return max(Counter(weights).values(), default=0)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ _ALL: dict[str, type[Coding]] = {
     **codings_near.MOES,
 }  # fmt: skip
 #: Standard MoEs that are refused today, and never lifted wrongly: loops that no capture can follow.
-REFUSED_TODAY = frozenset({"SequenceBySequence", "TokenLoop"})
+REFUSED_TODAY = frozenset({"TokenLoop"})
 MOES = {name: case for name, case in _ALL.items() if name not in REFUSED_TODAY}
 NOT_MOES: dict[str, type[Coding]] = {**codings_refused.NOT_MOES, **codings_near.NOT_MOES}
 EITHER: dict[str, type[Coding]] = {
