@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -142,6 +142,21 @@ def users_through_reshapes(value: Value) -> Iterator[Call]:
                 stack.extend(call.outputs)
             else:
                 yield call
+
+
+def rerun(call: Call, known: Mapping[Value, torch.Tensor]) -> dict[Value, torch.Tensor]:
+    """Outputs of a call with the values in `known` in place of the recorded ones; empty when it uses none of them."""
+    if not any(v in known for v in call.inputs):
+        return {}
+    if call.name == "_read_after_write":
+        return {call.outputs[0]: known.get(call.inputs[0], call.inputs[0].tensor)}
+
+    def swap(item: object) -> object:
+        return known.get(item, item.tensor).clone() if isinstance(item, Value) else item
+
+    args, kwargs = pytree.tree_map(swap, (call.args, call.kwargs))
+    result = [t for t in pytree.tree_leaves(call.op(*args, **kwargs)) if isinstance(t, torch.Tensor)]
+    return dict(zip(call.outputs, result, strict=False))
 
 
 def derivation(value: Value) -> Hashable:

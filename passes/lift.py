@@ -110,6 +110,8 @@ def _bind(
     """The region with the routing rule that explains its experts' weights, in their order or in the router's."""
     weights, count = experts.coefficients, experts.num_experts
     router, reason = fit_router(region, indices, weights, applies_to, count)
+    if router is not None and _mixes_tokens(region):
+        return None, "its router reads other tokens than the one it routes"
     if router is not None:
         return Binding(region, router, experts, _is_latent(region)), ""
     for selected in supports(region):
@@ -121,6 +123,37 @@ def _bind(
             order = [row.index(place) for place in range(count)]
             return Binding(region, router, experts.reordered(order), _is_latent(region)), ""
     return None, reason
+
+
+def _mixes_tokens(region: Region) -> bool:
+    """Whether what the router reads of a token depends on other tokens, given what router and experts both read.
+
+    The calls between are run again with one token changed.
+    """
+    seen, hidden = region.head.projection.activation, region.hidden
+    if graph.base(seen) is graph.base(hidden):
+        return False
+    behind = {v for v in graph.ancestors([seen]) if not v.const}
+    shared = behind & graph.ancestors([hidden])
+    tokens = region.head.tokens
+    common = max((v for v in shared if _has_tokens(v, tokens)), key=lambda v: v.index, default=None)
+    if common is None:
+        return False
+    changed = common.tensor.detach().clone()
+    token = tokens // 2
+    changed.view(tokens, -1)[token] += 1.0
+    known = {common: changed}
+    calls = {v.call for v in behind - shared if v.call is not None}
+    for call in sorted(calls, key=lambda c: c.index):
+        known.update(graph.rerun(call, known))
+    moved = (known[seen] - seen.tensor).reshape(tokens, -1).norm(dim=1) if seen in known else torch.zeros(tokens)
+    moved[token] = 0.0
+    return bool(moved.max() > 1e-9 * seen.tensor.norm())
+
+
+def _has_tokens(value: Value, tokens: int) -> bool:
+    tensor = value.tensor
+    return tensor.is_floating_point() and tensor.is_contiguous() and tensor.numel() % tokens == 0 < tensor.numel()
 
 
 def _rows_of_experts(experts: Tensor, rows: Tensor, count: int) -> list[int] | None:

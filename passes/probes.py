@@ -89,14 +89,16 @@ class Prober:
         )
         return Inputs(name, args, kwargs)
 
-    def random(self, name: str, batch: int, tokens: int, seed: int, spread: float = 0.0) -> Inputs | None:
+    def random(
+        self, name: str, batch: int, tokens: int, seed: int, spread: float = 0.0, loudness: float = 1.0
+    ) -> Inputs | None:
         """Random hidden states of the module's rank, magnitudes spread by exp(±spread); None when it takes more."""
         like = self.hidden
         if like is None:
             return None
         generator = torch.Generator().manual_seed(seed)
         shape = _shape(like, batch, tokens)
-        size = float(like.double().square().mean().sqrt()) or 1.0
+        size = loudness * (float(like.double().square().mean().sqrt()) or 1.0)
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * size
         if spread:
             per_token = list(shape)
@@ -120,6 +122,15 @@ class Prober:
         rows = rows * size
         shape = (1, *rows.shape) if like.dim() == 3 else rows.shape
         return self.with_hidden(name, rows.reshape(shape).to(like.dtype))
+
+    def extremes(self, seed: int) -> list[Inputs]:
+        """Quiet and loud tokens, which show what happens below or above a threshold only.
+
+        Not so loud that a sigmoid rounds to one: scores would tie.
+        """
+        quiet = [self.random("quiet tokens", 1, 24, seed, spread=1.0, loudness=size) for size in (0.02, 0.1, 0.3)]
+        loud = [self.random("loud tokens", 1, 24, seed + 1, spread=0.5, loudness=size) for size in (3.0, 5.0)]
+        return [p for p in (*quiet, *loud) if p is not None]
 
     #: Tokens of the inputs with gaps.
     GAPPED = 12

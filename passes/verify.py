@@ -60,12 +60,14 @@ def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple
         native = evaluating(copy.deepcopy(candidate.module))
         probes: list[Probe] = []
         inputs = prober.proofs(SEED)
+        extremes = prober.extremes(SEED)
         for label, base, factor in (
             ("", truth, 1),
             ("randomised weights, ", randomised, 1),
             ("N and k doubled, ", randomised, 2),
         ):
-            found, reason = _compare(candidate, base, base, inputs, label, factor)
+            given = inputs if factor > 1 else [*inputs, *extremes]
+            found, reason = _compare(candidate, base, base, given, label, factor)
             probes += found
             if reason:
                 return tuple(probes), reason
