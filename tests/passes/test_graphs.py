@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import codings
 import contract
@@ -259,3 +260,41 @@ def test_everything_outside_the_blocks_is_the_same_tensors() -> None:
     outside = [n for n in theirs if ".ff." not in n]
     assert len(outside) > 8
     assert all(ours[n].data_ptr() == theirs[n].data_ptr() for n in outside)
+
+
+class Around(nn.Module):
+    """Loops over hit experts with a norm, a shared projection and a residual in the same forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.norm, self.shared = make("NonzeroHit"), nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        flat = h.reshape(-1, HIDDEN)
+        weights, index = self.block.route(flat)
+        return x + self.shared(h) + self.block.dispatch(flat, weights, index).view(x.shape)
+
+
+@pytest.mark.slow
+def test_loop_over_hit_experts_with_work_around_it_is_lifted() -> None:
+    held(lambda: Around().eval())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [lambda: frozen(exported("FusedGateUp")), lambda: Around().eval()])
+def test_rewritten_graph_keeps_no_replaced_weight(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    model = build()
+    recipe = latentize.Recipe(compression=4, variant="fixed", heal_steps=0)
+    result = latentize.convert(model, args=(example(),), recipe=recipe)
+    (block,) = result.rewritten.values()
+    experts = {t.data_ptr() for t in model.parameters() if t.dim() == 3}
+    assert len(experts) >= 2
+    kept = dict(result.model.named_parameters())
+    assert not experts & {t.data_ptr() for t in kept.values()}
+    outside = sum(t.numel() for t in model.parameters() if t.dim() < 3 and t.shape != block.router.weight.shape)
+    assert sum(t.numel() for t in kept.values()) <= outside + sum(t.numel() for t in block.parameters())
+    result.save(tmp_path / "out")
+    saved = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
+    assert saved < 0.6 * sum(t.numel() * t.element_size() for t in model.parameters())
