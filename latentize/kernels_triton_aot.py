@@ -17,6 +17,8 @@ from latentize.kernels_triton_steps import Config, Cut, Form, Problem, Step, fit
 
 #: Compute capability -> bytes of shared memory that one block may have (CUDA C++ Programming Guide, its last appendix).
 TARGETS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+#: The version of the PTX: 8.7, the first that knows all of them, and what drivers of CUDA 12.8 and later take.
+PTX_VERSION = 87
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _COUNTS = ("pairs", "blocks")
 _INTEGERS = ("order", "block_expert", "block_start", "block_rows")
@@ -35,7 +37,7 @@ class CompiledKernel:
     """One kernel for one target.
 
     `symbol` is its entry point; a block has `threads` threads and `shared` bytes of dynamic shared memory; `grid(T)` is
-    `step.grid(T, config.constants)`. `cubin` runs on `target` only, `ptx` needs a driver as new as this Triton.
+    `step.grid(T, config.constants)`. `cubin` runs on `target` only, `ptx` needs a driver of CUDA 12.8 or later.
     """
 
     symbol: str
@@ -101,7 +103,7 @@ def _compile(target: int, problem: Problem, step: Step) -> CompiledKernel:
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n, kind in types.items() if kind.startswith("*")},
     )
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "ptx_version": PTX_VERSION}
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     metadata, ptx = compiled.metadata, compiled.asm["ptx"]
     return CompiledKernel(

@@ -29,6 +29,7 @@ def assert_machine_code(compiled, target):
         assert kernel.cubin.startswith(b"\x7fELF")
         assert f".entry {kernel.symbol}(" in kernel.ptx
         assert f".target sm_{target}" in kernel.ptx
+        assert ".version 8.7" in kernel.ptx
         assert kernel.target == target
         assert kernel.threads in (128, 256)
         assert len(kernel.grid(3)) in (1, 2)
