@@ -106,7 +106,6 @@ def write(
         "blocks": described,
         "aliases": aliases,
     }
-    manifest["files"] = sorted({file.name for file in folder.iterdir()} | {MANIFEST})
     store.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
 
 

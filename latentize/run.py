@@ -6,7 +6,6 @@ import importlib.util
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,6 +167,7 @@ def dry_run(job: Job) -> None:
     run_export.check_checkpoints(job, prepared)
     with tempfile.TemporaryDirectory() as folder:
         run_export.original(job, Path(folder))
+    _evaluate(job, job.source.model)
     terminal.print_plan(job.console, run_report.plans(prepared))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     seen = (
@@ -190,10 +190,11 @@ def run(job: Job) -> None:
     elif not job.options.resume:
         kept.open(marks, resume=False)
     graph = run_export.original(job, kept.folder)
+    before = kept.stage("evaluation-original", dict[str, float], lambda: _evaluate(job, job.source.model))
     prepared, specs = _start(job, kept)
     terminal.print_plan(job.console, run_report.plans(prepared, specs))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
-    result, evaluation = _heal(job, kept, prepared, specs)
+    result, evaluation = _heal(job, kept, prepared, specs, before)
     gates: list[Gate] = []
     with staging.staged(job.options.out) as folder:
         with job.steps.step("save"):
@@ -238,13 +239,11 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
 
 
 def _heal(
-    job: Job, kept: Checkpoints, prepared: Prepared, specs: Mapping[str, MoESpec]
+    job: Job, kept: Checkpoints, prepared: Prepared, specs: Mapping[str, MoESpec], before: Mapping[str, float]
 ) -> tuple[api.Result, Evaluation | None]:
     recipe, model = job.options.recipe, job.source.model
     student = conversion.rewrite(model, job.survey.selected, specs)
-    with job.steps.step("evaluate") if job.source.evaluate is not None else nullcontext():
-        before = kept.stage("evaluation-original", dict[str, float], lambda: _evaluate(job, model))
-        start = kept.stage("evaluation-initialised", dict[str, float], lambda: _evaluate(job, student.model))
+    start = kept.stage("evaluation-initialised", dict[str, float], lambda: _evaluate(job, student.model))
     errors = kept.stage(
         "errors-initialised", dict[str, float],
         lambda: conversion.measure_errors(prepared.teacher, student, job.batches or job.example),
@@ -258,8 +257,7 @@ def _heal(
     result = api.finish(model, job.survey, prepared, student, errors, healing, recipe, job.origin)
     if not before:
         return result, None
-    with job.steps.step("evaluate"):
-        after = kept.stage("evaluation-rewritten", dict[str, float], lambda: _evaluate(job, student.model))
+    after = kept.stage("evaluation-rewritten", dict[str, float], lambda: _evaluate(job, student.model))
     return result, Evaluation(before, after, start)
 
 
@@ -267,7 +265,7 @@ def _evaluate(job: Job, model: Any) -> dict[str, float]:
     """The model's own evaluation; empty when there is none."""
     if job.source.evaluate is None:
         return {}
-    with observing(model):
+    with job.steps.step("evaluate"), observing(model):
         return job.source.evaluate(model)
 
 

@@ -35,6 +35,7 @@ def staged(out: Path) -> Iterator[Path]:
             folder.chmod(0o755)
         with disk_errors(out):
             yield folder
+            _list_files(folder)
             _publish(folder, out)
     finally:
         if folder is not None:
@@ -48,8 +49,12 @@ def check_target(out: Path) -> None:
         LatentizeError: saying what is in the way.
     """
     parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise LatentizeError(f"{out}: the folder {parent} cannot be written; choose another place with -o")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise LatentizeError(
+            f"{out}: the folder {parent} cannot be written ({error.strerror}); choose another place with -o"
+        ) from None
     if not out.exists():
         return
     if not out.is_dir():
@@ -122,6 +127,15 @@ def disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+def _list_files(folder: Path) -> None:
+    """Note in the manifest what the folder holds, so that a later run may replace it."""
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        data = json.loads(manifest.read_text())
+        data["files"] = sorted(entry.name for entry in folder.iterdir())
+        manifest.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _publish(folder: Path, out: Path) -> None:

@@ -122,6 +122,9 @@ def test_the_command_line_writes_it_and_refuses_other_models(tmp_path, monkeypat
     assert "checkpoint that NemotronH loads unchanged" in capsys.readouterr().out
     assert (tmp_path / "out/nemotron_h/model.safetensors").exists()
     assert (tmp_path / "out/nemotron_h-hub/model.safetensors").exists()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["hybrid", "-o", "out", *arguments, "--dry-run"])  # OUT is still known to be ours
+    assert not stopped.value.code, capsys.readouterr().err
     config = transformers.MixtralConfig(
         vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4,

@@ -129,6 +129,14 @@ def test_a_dry_run_finds_what_would_fail_at_the_end(net, capsys):
     assert "moe: latent size 17" in err
 
 
+def test_a_dry_run_finds_an_evaluation_that_would_fail(net, capsys):
+    (net / "broken.py").write_text(MODEL + "def evaluate(model):\n    return {}['missing']\n")
+    code, _, err = call(capsys, "broken.py", "-o", "out", "--dry-run", "--latent-dim", "8")
+    assert code == 2
+    assert "KeyError: 'missing' (in evaluate())" in err
+    assert names(net) == ["broken.py", "net.py"]
+
+
 def test_a_failed_gate_is_exit_code_4_after_the_report(net, capsys):
     code, out, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "2", "--heal", "0", "--max-loss", "0.0001")
     assert code == 4
