@@ -8,6 +8,7 @@ import codings_near
 import codings_refused
 import codings_routing
 import codings_storage
+import codings_strangers
 import torch
 from codings_base import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Coding, example
 from torch import Tensor, nn
@@ -16,14 +17,17 @@ __all__ = ["EITHER", "EXPERTS", "HIDDEN", "INTERMEDIATE", "MOES", "NOT_MOES", "T
 
 _ALL: dict[str, type[Coding]] = {
     **codings_storage.MOES, **codings_routing.MOES, **codings_dispatch.MOES, **codings_around.MOES,
-    **codings_near.MOES,
+    **codings_near.MOES, **codings_strangers.MOES,
 }  # fmt: skip
 #: Standard MoEs that are refused today, and never lifted wrongly: loops that no capture can follow.
 REFUSED_TODAY = frozenset({"TokenLoop"})
 MOES = {name: case for name, case in _ALL.items() if name not in REFUSED_TODAY}
-NOT_MOES: dict[str, type[Coding]] = {**codings_refused.NOT_MOES, **codings_near.NOT_MOES}
+NOT_MOES: dict[str, type[Coding]] = {
+    **codings_refused.NOT_MOES, **codings_near.NOT_MOES, **codings_strangers.NOT_MOES,
+}  # fmt: skip
 EITHER: dict[str, type[Coding]] = {
-    **codings_refused.EITHER, **codings_near.EITHER, **{name: _ALL[name] for name in sorted(REFUSED_TODAY)},
+    **codings_refused.EITHER, **codings_near.EITHER, **codings_strangers.EITHER,
+    **{name: _ALL[name] for name in sorted(REFUSED_TODAY)},
 }  # fmt: skip
 
 
