@@ -72,12 +72,12 @@ def check_tensorrt(where: Where) -> str:
     """An engine built for this device and run on it, where tensorrt-rtx supports the device."""
     if where.device == "cpu":
         raise Skipped("running an engine needs a CUDA device")
-    from latentize.exporters.tensorrt import TARGETS, build
+    from latentize.exporters.tensorrt import WHERE, build
 
     major, minor = torch.cuda.get_device_capability()
     target = f"SM{major}{minor}"
-    if target not in TARGETS:
-        raise Skipped(f"tensorrt-rtx has no target for {target}: it knows {', '.join(TARGETS[1:])}")
+    if target not in WHERE:
+        raise Skipped(f"tensorrt-rtx has no target for {target}: it knows {', '.join(WHERE)}")
     try:
         import tensorrt_rtx  # noqa: F401
 

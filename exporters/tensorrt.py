@@ -20,8 +20,11 @@ from typing import Any, Literal
 
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError
 
-#: What an engine can be built for: any GPU of compute capability 8.0 or later, or one generation.
-TARGETS = ("portable", "SM80", "SM86", "SM89", "SM120")
+#: What an engine can be built for, and where it then runs.
+WHERE = {"portable": "NVIDIA GPUs of compute capability 8.0, 8.6, 8.9 and 12.0"} | {
+    name: f"NVIDIA GPUs of compute capability {capability}"
+    for name, capability in (("SM80", "8.0"), ("SM86", "8.6"), ("SM89", "8.9"), ("SM120", "12.0"))
+}
 #: How an engine runs the routed experts.
 Experts = Literal["dense", "plugin"]
 #: The body form that TensorRT takes: it rejects loops over active experts and onnxruntime's fused operator.
@@ -65,9 +68,9 @@ def build(
         ResourceError: the build ran out of memory or disk.
     """
     source = out / "model.onnx"
-    unknown = [target for target in targets if target not in TARGETS]
+    unknown = [target for target in targets if target not in WHERE]
     if unknown:
-        raise LatentizeError(f"TensorRT target {unknown[0]!r} is not known: expected one of {', '.join(TARGETS)}")
+        raise LatentizeError(f"TensorRT target {unknown[0]!r} is not known: expected one of {', '.join(WHERE)}")
     if max_batch < 1 or max_tokens < 1:
         raise LatentizeError(f"TensorRT: max_batch {max_batch} and max_tokens {max_tokens} must be at least 1")
     for package, name in (("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx"), ("onnx_ir", "onnxscript")):

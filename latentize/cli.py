@@ -168,13 +168,32 @@ def bench(out: Path, original: str | None, verbose: int, quiet: bool, log_file: 
 
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--experts",
+    type=click.Choice(["dense", "plugin"]),
+    default="dense",
+    show_default=True,
+    help="Routed experts as dense products over all of them, or as latentize's fused plugin, which runs the selected "
+    "ones; what loads such an engine calls latentize.exporters.tensorrt_plugin.register first.",
+)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("portable",),
+    show_default=True,
+    metavar="GPU",
+    help="portable, SM80, SM86, SM89 or SM120; may be given several times.",
+)
 @_common
-def build(out: Path, verbose: int, quiet: bool, log_file: Path | None) -> None:
-    """Build a TensorRT engine from the ONNX graph in OUT."""
+def build(
+    out: Path, experts: Any, targets: tuple[str, ...], verbose: int, quiet: bool, log_file: Path | None
+) -> None:
+    """Build TensorRT engines from the ONNX graph in OUT."""
     _start(verbose, quiet, log_file)
     from latentize import run_compare
 
-    run_compare.build(out, quiet=quiet)
+    run_compare.build(out, targets, experts, quiet=quiet)
 
 
 def default_out(model: str) -> Path:

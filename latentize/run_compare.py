@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -64,11 +66,11 @@ def bench(out: Path, original: str | None, *, quiet: bool) -> None:
     terminal.print_latency(console, rows)
 
 
-def build(out: Path, *, quiet: bool) -> None:
-    """Build a TensorRT engine from the converted model in OUT.
+def build(out: Path, targets: Sequence[str], experts: Literal["dense", "plugin"], *, quiet: bool) -> None:
+    """Build TensorRT engines from the converted model in OUT, one for each target.
 
     Raises:
-        LatentizeError: OUT is not ours, holds no ONNX graph, or TensorRT rejects it.
+        LatentizeError: OUT is not ours, holds no ONNX graph, a target is unknown, or TensorRT rejects the graph.
         MissingExtraError: the packages that build engines are not installed.
     """
     from latentize.exporters import tensorrt
@@ -81,10 +83,12 @@ def build(out: Path, *, quiet: bool) -> None:
         )
     console, progress = terminal.consoles(quiet=quiet)
     with Steps(progress).step("build"):
-        engines = tensorrt.build(out)
+        engines = tensorrt.build(out, targets=targets, experts=experts)
     for engine in engines:
-        console.print(f"{engine.path}: {engine.bytes:,} bytes; it runs on NVIDIA GPUs of compute "
-                      "capability 8.0, 8.6, 8.9 or 12.0")  # fmt: skip
+        fused = f", {engine.plugins} of them latentize's plugin" if engine.plugins else ""
+        console.print(
+            f"{engine.path}: {engine.bytes:,} bytes, {engine.layers} layers{fused}, for {tensorrt.WHERE[engine.target]}"
+        )
 
 
 def require_tensorrt(feature: str) -> None:
