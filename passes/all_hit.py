@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 #: Text of the assertions that stand for answers made up.
 ASSUMED = "latentize: every expert is hit"
 #: Comparisons of a count with 0 and with 1, and whether they say that an expert has no tokens.
-_COMPARED = {
+_COMPARED: Mapping[tuple[str, float | None], bool] = {
     ("eq", 0): True, ("le", 0): True, ("lt", 1): True, ("ne", 0): False, ("gt", 0): False, ("ge", 1): False,
     ("greater", 0): False, ("less_equal", 0): True, ("greater_equal", 1): False, ("less", 1): True,
     ("not_equal", 0): False,
@@ -149,7 +149,7 @@ class EveryExpertHit(TorchFunctionMode):
 def assumptions(graph: fx.Graph) -> list[fx.Node]:
     """The nodes whose values, or sizes, were taken to be what they are when every expert is hit."""
     asked = [n.args[0] for n in graph.nodes if n.op == "call_function" and ASSUMED in n.args]
-    return [*asked, *(n for n in graph.nodes if n.meta.get("unbacked_bindings"))]  # type: ignore[list-item]
+    return [*asked, *(n for n in graph.nodes if n.meta.get("unbacked_bindings"))]
 
 
 _READERS: dict[Any, str] = {
