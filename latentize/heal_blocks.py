@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latentize.heal_job import Job, State, cosine, is_evaluation
+from latentize.heal_job import Job, State, cosine, is_evaluation, rate_for
 from latentize.heal_load import RoutingTap, count, follow, pressure
 from latentize.heal_sensitivity import output_metrics
 from latentize.inputs import Batch, Inputs
@@ -49,7 +49,8 @@ def heal_blocks(job: Job, state: State) -> None:
     held_out, _ = collect(job, job.held_out, lambda tokens: tokens >= _HELD_OUT_TOKENS)
     if not state.block_best:
         state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out, metrics)
-    optimizer = job.optimizer(plan.block_rate, state.optimizer)
+    squares = [error**2 for error in state.errors_before.values()]
+    optimizer = job.optimizer(rate_for(plan.block_rate, sum(squares) / len(squares)), state.optimizer)
     while state.block_steps < plan.block_steps and state.stale < plan.patience:
         wanted = (plan.block_steps - state.block_steps) * plan.block_tokens
         limit = min(wanted, max(plan.block_tokens, plan.activation_bytes // _token_bytes(job)))

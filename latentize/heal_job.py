@@ -31,6 +31,8 @@ Stage = Literal["blocks", "model", "done"]
 RATE_FACTORS = {"latent_": 1.4, "router.": 1.6}
 #: How often a stage may go back to its best weights with a smaller rate before it ends, and the factor on the rate.
 FALL_BACKS, FALL_BACK_RATE = 2, 0.3
+#: The learning rate over the distance that is left to go: a larger one moves a student that is close further away.
+RATE_PER_LOSS = 1.5
 
 
 @dataclass
@@ -197,6 +199,11 @@ class Job:
     def better(self, loss: float, starved: int, state: State) -> bool:
         """Whether weights measured so are kept: no worse than the start, then fewer starved experts, then loss."""
         return loss <= state.loss_before and (starved, loss) < (state.best_starved, state.best_loss)
+
+
+def rate_for(largest: float, loss: float) -> float:
+    """The learning rate to begin with where the relative squared error or divergence is `loss`."""
+    return min(largest, RATE_PER_LOSS * loss) if math.isfinite(loss) else largest
 
 
 def cosine(step: float, steps: int, warmup: float) -> float:

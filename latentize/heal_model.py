@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation
+from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation, rate_for
 from latentize.heal_load import RoutingTap, count, follow, pressure
 from latentize.heal_pieces import pieces_of
 from latentize.inputs import Batch, Inputs
@@ -27,7 +27,8 @@ _RISING = 2.0
 def heal_model(job: Job, state: State) -> None:
     """Distil `job.teacher` into `job.student`, and leave the best weights that were measured in the student."""
     plan = job.plan
-    optimizer = job.optimizer(plan.model_rate, state.optimizer)
+    rate = rate_for(plan.model_rate, state.loss_after_blocks)
+    optimizer = job.optimizer(rate, state.optimizer)
     while state.model_steps < plan.model_steps and not state.early_stopped:
         losses, trouble = [], ""
         batch = job.train_batch(state.model_steps)
@@ -51,7 +52,7 @@ def heal_model(job: Job, state: State) -> None:
             trouble = _evaluate(job, state)
         if trouble:
             _fall_back(job, state, trouble)
-            optimizer = job.optimizer(plan.model_rate)
+            optimizer = job.optimizer(rate)
         note = f"end to end, held-out loss {state.best_loss:.4g} (was {state.loss_before:.4g})"
         job.after_step(state, optimizer, note)
     job.trainables.restore(state.best)
