@@ -51,7 +51,8 @@ def capture(
     shapes = _spread(module, named)
     follow = EveryExpertHit(experts) if experts else contextlib.nullcontext()
     try:
-        with torch.no_grad(), _config.patch(backed_size_oblivious=True), quiet(), follow:  # type: ignore[attr-defined]
+        oblivious = _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+        with torch.no_grad(), oblivious, _without_cache(), quiet(), follow:
             program = torch.export.export(module, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             graph = program.module(check_guards=False)
     except Exception as error:  # export raises many kinds
@@ -77,6 +78,14 @@ def bound(template: fx.GraphModule, module: nn.Module) -> fx.GraphModule:
             if name not in state and buffer.is_floating_point():
                 buffer.data = buffer.data.double()
     return graph
+
+
+def _without_cache() -> contextlib.AbstractContextManager[None]:
+    """No cache of fake results: each expert's share of the tokens is a size of its own, so nothing is found in it."""
+    import torch._dynamo.config  # loaded late: it takes seconds
+
+    patch: contextlib.AbstractContextManager[None] = torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+    return patch
 
 
 @contextlib.contextmanager
