@@ -124,13 +124,18 @@ class Prober:
         return self.with_hidden(name, rows.reshape(shape).to(like.dtype))
 
     def extremes(self, seed: int) -> list[Inputs]:
-        """Quiet and loud tokens, which show what happens below or above a threshold only.
+        """Quiet, loud and one-signed tokens, which show what happens on one side of a threshold only.
 
         Not so loud that a sigmoid rounds to one: scores would tie.
         """
         quiet = [self.random("quiet tokens", 1, 24, seed, spread=1.0, loudness=size) for size in (0.02, 0.1, 0.3)]
         loud = [self.random("loud tokens", 1, 24, seed + 1, spread=0.5, loudness=size) for size in (3.0, 5.0)]
-        return [p for p in (*quiet, *loud) if p is not None]
+        found = [p for p in (*quiet, *loud) if p is not None]
+        if found:
+            (tensor,) = [a for a in pytree.tree_leaves((found[-1].args, found[-1].kwargs)) if isinstance(a, Tensor)]
+            signs = (("negative tokens", -0.3), ("positive tokens", 0.3))
+            found += [self.with_hidden(name, sign * tensor.abs()) for name, sign in signs]
+        return found
 
     #: Tokens of the inputs with gaps.
     GAPPED = 12
@@ -165,6 +170,7 @@ class Prober:
         if like is None:
             return found
         wanted = [("one token", 1, 1), ("7 tokens", 1, 7), ("batch of 3 × 11", 3, 11), ("64 tokens", 2, 32)]
+        wanted += [("batch of 9 × 2", 9, 2)]
         found += [p for n, b, t in wanted if (p := self.random(n, b, t, seed + b + t, spread=0.5)) is not None]
         alike = self.random("one token", 1, 1, seed + 1)
         if alike is not None and like.dim() <= 3:
