@@ -567,14 +567,43 @@ class MostlyRouted(Stacked):
         return super().combine(x) + 1e-3 * self.r(x).softmax(-1)
 
 
+class NegativeTokens(Stacked):
+    """Tokens of which every value is negative swap their weights."""
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, index = super().route(x)
+        return torch.where((x < 0).all(-1, keepdim=True), weights.flip(-1), weights), index
+
+
+class NormCut(Stacked):
+    """Experts read zero in place of tokens that are too loud."""
+
+    why = NEAREST
+    loud = 4.0
+
+    def dense(self, x: Tensor, combine: Tensor) -> Tensor:
+        return super().dense(x * (x.norm(dim=-1, keepdim=True) < 14).to(x), combine)
+
+
+class ManySequences(Stacked):
+    """Batches of eight and more swap their weights."""
+
+    def combine(self, x: Tensor) -> Tensor:
+        weights, index = self.route(x)
+        return _scatter(self.r(x), index, weights.flip(-1) if x.shape[0] >= 8 else weights)
+
+
 NOT_MOES = {
     c.__name__: c
     for c in (
-        MaskedByPadding, EntropyGate, RunningMean, SequenceMean, LengthTemperature, PositionBias, BatchCapacity,
+        NormCut, MaskedByPadding, EntropyGate, RunningMean, SequenceMean, LengthTemperature, PositionBias,
+        BatchCapacity,
         LoadPenalty, RememberedTokens, SoftThreshold, RoundedWeights, TieToFirst, SquaredScores,
         CrossTalk, FarTokensDense, NormedWeightsAcrossTokens, EvalNoiseSmall, PerSequenceTopK, MostlyRouted,
     )
 }  # fmt: skip
 
+#: Differ from a standard MoE on inputs that no random draw would hit; refused all the same.
+RARE = {c.__name__: c for c in (NegativeTokens, ManySequences)}
 #: Lifted exactly with what is around it, or refused.
 EITHER = {c.__name__: c for c in (BigTokensClipped, SecondLayerSkip)}
