@@ -273,8 +273,8 @@ def supports(region: Region) -> Iterator[Tensor]:
 
 def has_idle_experts(head: Head) -> bool:
     """Whether the tokens of the recorded run select only some of the experts."""
-    found = next((f for v in sorted(head.dependent, key=lambda v: v.index) for f in _as_indices(v.tensor, head)), None)
-    return found is not None and len(found.unique()) < head.num_experts
+    found = [f for v in head.dependent for f in _as_indices(v.tensor, head)]
+    return bool(found) and all(len(f.unique()) < head.num_experts for f in found)
 
 
 def _as_indices(tensor: Tensor, head: Head) -> Iterator[Tensor]:

@@ -72,8 +72,8 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
     """What the first inputs that allow it lift, or the reasons that the last ones gave; whether experts were idle."""
     reasons: list[str] = []
     idle = False
-    for inputs in attempts:
-        recording = _record(module, inputs)
+    for number, given in enumerate(attempts, start=1):
+        inputs, recording = given, _record(module, given)
         found, reasons, idle = [], [], False
         heads = _heads(recording, innermost)[0]
         single = _as_one_sequence(inputs) if _most_uses(heads) > 1 else None
@@ -82,6 +82,8 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
             heads = _heads(recording, innermost)[0]
         if _most_uses(heads) > MANY:
             return [], [_IN_PIECES], False
+        if number < len(attempts) and heads and all(has_idle_experts(head) for head in heads):
+            continue
         for head in heads:
             binding, reason = lift(head)
             if binding is None:
