@@ -197,8 +197,10 @@ class Job:
         return loss, sum(starved_experts(c.tolist(), self.plan.min_load) for c in counts.values())
 
     def better(self, loss: float, starved: int, state: State) -> bool:
-        """Whether weights measured so are kept: no worse than the start, then fewer starved experts, then loss."""
-        return loss <= state.loss_before and (starved, loss) < (state.best_starved, state.best_loss)
+        """Whether weights measured so are kept: no worse than the start, then no more starved experts, then loss."""
+        at_start = sum(starved_experts(c, self.plan.min_load) for c in state.loads_before.values())
+        now, best = max(starved, at_start), max(state.best_starved, at_start)
+        return loss <= state.loss_before and (now, loss) < (best, state.best_loss)
 
 
 def rate_for(largest: float, loss: float) -> float:
