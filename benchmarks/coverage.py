@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import multiprocessing
 import re
+import resource
 import sys
 import time
 import warnings
@@ -30,6 +32,8 @@ import latentize  # noqa: E402
 
 #: Largest relative error of a rewritten fp32 model at which the rewrite counts as exact.
 TOLERANCE = 1e-4
+#: Address space that one family may take, in bytes.
+MEMORY = 12 * 2**30
 #: MoE layers of a tiny model where class names do not tell: vision experts that text never reaches, lists in lists.
 LAYERS = {"jetmoe": 2, "ernie4_5_vl_moe_text": 2, "doge": 2, "nllb-moe": 2, "vitpose_backbone": 2}
 #: Why a family is rightly refused, beyond the reason that the package gives.
@@ -133,6 +137,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _limit_memory() -> None:
+    """An analysis that needs more than this is an error of ours, not the machine's."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
 def main() -> int:
     """Print the table, and write it where asked; exit code 1 when a rewrite is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -143,9 +152,10 @@ def main() -> int:
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     rows = []
-    for family in (f for f in hf.FAMILIES if re.search(options.only, f)):
-        rows.append(look_at(family))
-        r = rows[-1]
+    families = [f for f in hf.FAMILIES if re.search(options.only, f)]
+    pool = multiprocessing.get_context("fork").Pool(1, _limit_memory, maxtasksperchild=1)
+    for r in pool.imap(look_at, families):
+        rows.append(r)
         error = "" if r.error is None else f" {r.error:.0e}"
         found = f"{r.found} of {r.layers}{error}"
         print(f"{r.verdict:8}{r.family:28} {found:14} {r.seconds:6.1f} s  {r.note[:150]}", flush=True)

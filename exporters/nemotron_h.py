@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentize.errors import GateError, LatentizeError
+from latentize.errors import LatentizeError
 from latentize.exporters.onnx_check import TOLERANCES
 from latentize.inputs import Inputs
 from latentize.moe import LatentMoE
@@ -25,6 +26,14 @@ from latentize.staging import disk_errors
 MODEL_TYPE = "nemotron_h"
 #: The constant in the family's normalisation; anything near it is the same in every dtype that weights come in.
 _EPS = 1e-15
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Relative error of the checkpoint, loaded by transformers, against the converted model; what rounding allows."""
+
+    error: float
+    tolerance: float
 
 
 def check(model: nn.Module, specs: Mapping[str, MoESpec], plans: Mapping[str, BlockPlan]) -> None:
@@ -53,7 +62,7 @@ def check(model: nn.Module, specs: Mapping[str, MoESpec], plans: Mapping[str, Bl
 
 def write(
     folder: Path, model: nn.Module, blocks: Mapping[str, LatentMoE], inputs: Inputs, *, per_expert: bool = False
-) -> float:
+) -> Agreement:
     """Write config.json and safetensors of a converted model, load them with transformers alone, and compare.
 
     Args:
@@ -65,11 +74,10 @@ def write(
             does, with stacked experts.
 
     Returns:
-        The relative error of the reloaded model's first output.
+        How far the reloaded model's first output is from the converted one's.
 
     Raises:
         LatentizeError: the architecture has no room for something.
-        GateError: the reloaded model computes something else.
         ResourceError: the disk is full.
     """
     config = _native_config(model, {name: block.spec for name, block in blocks.items()})
@@ -216,15 +224,9 @@ def _block_state(place: str, spec: MoESpec) -> dict[str, Tensor]:
     return {f"{place}.{part}": tensor.detach().contiguous() for part, tensor in state.items()}
 
 
-def _compare(folder: Path, model_class: Any, model: nn.Module, inputs: Inputs) -> float:
+def _compare(folder: Path, model_class: Any, model: nn.Module, inputs: Inputs) -> Agreement:
     again = model_class.from_pretrained(folder).eval()
     with torch.no_grad():
         wanted, found = inputs.call(model)[0], inputs.call(again)[0]
-    tolerance = TOLERANCES.get(wanted.dtype, 1e-5)
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
-    if not error <= tolerance:
-        raise GateError(
-            f"{folder}: the checkpoint, loaded by transformers, gives another output than the converted model "
-            f"(relative error {error:.2g}, allowed {tolerance:.0e})"
-        )
-    return error
+    return Agreement(error, TOLERANCES.get(wanted.dtype, 1e-5))

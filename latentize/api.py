@@ -14,11 +14,11 @@ from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.heal import HealPlan, HealReport, heal
-from latentize.inputs import Batch
+from latentize.inputs import Batch, buffers_kept
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
-from latentize.remote_code import Support
+from latentize.remote_code import NO_SUPPORT
 from latentize.report import Errors
 from latentize.sources import check_finite
 from latentize.staging import staged
@@ -67,11 +67,11 @@ class Result:
         origin = self._origin if self._origin is not None else Origin.of(self.model)
         sites = {found.block.name: passes.site_to_json(found) for found in self._found}
         blocks = {name: SavedBlock(sites[name], module.spec) for name, module in self.rewritten.items()}
-        support = Support()
+        support = NO_SUPPORT
         if origin.config is not None:
-            support = remote_code.support(self.model.config, origin.class_name, sites)
+            support = remote_code.support(self.model, origin.class_name, artefact.described(blocks))
         (folder / "README.md").write_text(card.model_card(self, origin, support), encoding="utf-8")
-        artefact.write(folder, self.model, origin, blocks, self.recipe.model_dump(mode="json"))
+        artefact.write(folder, self.model, origin, blocks, self.recipe.model_dump(mode="json"), support)
 
 
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[Block]:
@@ -118,10 +118,10 @@ def convert(
     kwargs = dict(kwargs or {})
     origin = Origin.of(model)
     survey = conversion.survey(model, args, kwargs, recipe)
+    check_finite(model)
     if not survey.selected:
         return unchanged(model, survey, recipe, origin)
-    with conversion.workspace():
-        check_finite(model)
+    with conversion.workspace(), buffers_kept(model):
         batches = conversion.batches_of(calibration, model)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         student = conversion.rewrite(model, survey.selected, conversion.start(prepared, recipe))

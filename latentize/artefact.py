@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from latentize import __version__, remote_code, store, tensors
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.moe import LatentExperts, LatentMoE
+from latentize.remote_code import NO_SUPPORT, Support
 from latentize.sources import Form, Source, evaluation_mode, first_line
 from latentize.spec import MoESpec
 from latentize.staging import MANIFEST, is_ours
@@ -77,19 +78,17 @@ class Manifest:
 
 
 def write(
-    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, SavedBlock], recipe: Mapping[str, Any]
-) -> None:
-    """Write a converted model into `folder`, which exists.
+    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, SavedBlock], recipe: Mapping[str, Any],
+    support: Support = NO_SUPPORT,
+) -> None:  # fmt: skip
+    """Write a converted model into `folder`, which exists; with a modelling file where transformers alone opens it.
 
     Raises:
         LatentizeError: a tensor is missing, unexpected or not finite.
     """
     _check_blocks(model, blocks)
     aliases = tensors.save_state(model, folder)
-    described = {
-        name: {"site": block.site, "spec": store.encode(block.spec, _outline)} for name, block in blocks.items()
-    }
-    _write_structure(folder, model, origin, described)
+    _write_structure(folder, model, origin, described(blocks), support)
     manifest = {
         "format": "latentize",
         "schema_version": SCHEMA_VERSION,
@@ -103,10 +102,15 @@ def write(
             "config": origin.config,
         },
         "recipe": dict(recipe),
-        "blocks": described,
+        "blocks": described(blocks),
         "aliases": aliases,
     }
     store.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
+
+
+def described(blocks: Mapping[str, SavedBlock]) -> dict[str, dict[str, Any]]:
+    """Blocks as JSON values: "site", and "spec" with its tensors' shapes and dtypes."""
+    return {name: {"site": block.site, "spec": store.encode(block.spec, _outline)} for name, block in blocks.items()}
 
 
 def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -231,10 +235,10 @@ def _check_blocks(model: nn.Module, blocks: Mapping[str, SavedBlock]) -> None:
 
 
 def _write_structure(
-    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, Mapping[str, Any]]
+    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, Mapping[str, Any]], support: Support
 ) -> None:
     if origin.config is not None:
-        _write_transformers(folder, model, origin, blocks)
+        _write_transformers(folder, model, origin, blocks, support)
     if origin.path is None or not origin.path.is_file():
         return
     if origin.form == "file":
@@ -246,9 +250,9 @@ def _write_structure(
 
 
 def _write_transformers(
-    folder: Path, model: Any, origin: Origin, blocks: Mapping[str, Mapping[str, Any]]
+    folder: Path, model: Any, origin: Origin, blocks: Mapping[str, Mapping[str, Any]], support: Support
 ) -> None:
-    remote_code.write(folder, model.config, origin.class_name, blocks)
+    remote_code.write(folder, model.config, origin.class_name, blocks, support)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)

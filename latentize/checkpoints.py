@@ -19,20 +19,24 @@ from latentize.errors import LatentizeError
 from latentize.inputs import Batch
 from latentize.recipe import Recipe
 from latentize.sources import first_line
+from latentize.spec import MoESpec
 from latentize.staging import disk_errors
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
 
 
-def fingerprint(model: nn.Module, recipe: Recipe, batches: Iterable[Batch]) -> dict[str, Any]:
-    """What decides the outcome of a run: weights, data, versions, and every field of the recipe."""
+def fingerprint(
+    model: nn.Module, specs: Mapping[str, MoESpec], recipe: Recipe, batches: Iterable[Batch]
+) -> dict[str, Any]:
+    """What decides the outcome of a run: weights, what they compute, data, versions, and every field of the recipe."""
     leaves = [leaf for batch in batches for leaf in pytree.tree_leaves(batch)]
     fields = {f"recipe.{name}": value for name, value in recipe.model_dump(mode="json").items()}
     found = versions()
     del found["python"]
     return {
         "model": _digest(tensor for _, tensor in sorted(_named_tensors(model))),
+        "blocks": store.encode(specs, lambda _path, tensor: list(tensor.shape)),
         "data": _digest(leaves),
         **{f"version of {name}": version for name, version in found.items()},
         **fields,
@@ -91,7 +95,7 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
     for field in dict.fromkeys([*before, *now]):
         was, current = before.get(field), now.get(field)
         if was != current:
-            change = "" if field in ("model", "data") else f" (was {was!r}, now {current!r})"
+            change = "" if field in ("model", "blocks", "data") else f" (was {was!r}, now {current!r})"
             raise LatentizeError(
                 f"--resume: {field} differs from the interrupted run{change}; give the same arguments, or leave out "
                 f"--resume to start over (its results are in {folder})"

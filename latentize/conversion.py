@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from latentize.reread import Reading, reread
 from latentize.sources import as_inputs, check_runs, first_line, out_of_memory
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics, collect
-from latentize.taps import tapped
+from latentize.taps import BlockCall, tapped
 
 if TYPE_CHECKING:
     from latentize.passes import Found
@@ -47,6 +48,11 @@ class Survey:
     found: tuple[Found, ...]
     selected: tuple[Found, ...]
     left: Mapping[str, str]
+
+    @property
+    def selected_specs(self) -> dict[str, MoESpec]:
+        """What the blocks to rewrite compute."""
+        return {item.block.name: spec_of(item) for item in self.selected}
 
 
 @dataclass(frozen=True)
@@ -265,8 +271,14 @@ def measure(
 
 def _measured(teacher: Rewritten, batches: Sequence[Batch]) -> Sequence[Batch]:
     """Evenly spaced batches that add up to about `MOMENT_TOKENS`."""
-    first = collect(teacher.model, teacher.blocks, batches[:1], max_tokens=1, gradient_tokens=0)
-    tokens = max(1, max(block.tokens for block in first.values()))
+    counts: Counter[str] = Counter()
+
+    def count(name: str, call: BlockCall) -> None:
+        counts[name] += len(call.inputs[0])
+
+    with observing(teacher.model), tapped(teacher.blocks, count):
+        Inputs.of(batches[0]).call(teacher.model)
+    tokens = max(counts.values(), default=1)
     return batches[:: max(1, len(batches) * tokens // MOMENT_TOKENS)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -16,7 +16,7 @@ from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_load import RoutingTap, starved_experts
 from latentize.heal_plan import HealPlan
-from latentize.heal_splice import spliced
+from latentize.heal_splice import padded, spliced
 from latentize.heal_state import Checkpoint, Trainables
 from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad
@@ -178,9 +178,9 @@ class Job:
             value = (value * 1_000_003 + part + 1) % (2**63 - 1)
         return torch.Generator().manual_seed(value)
 
-    def spliced(self, *key: int) -> AbstractContextManager[None]:
-        """Spliced text in both models for one step, the same whenever it is asked for."""
-        return spliced(self.embeddings, lambda: self.generator(2, *key))
+    def spliced(self, batch: Batch, *key: int) -> AbstractContextManager[None]:
+        """Spliced text in both models for one step, the same whenever it is asked for; not where there is padding."""
+        return nullcontext() if padded(batch) else spliced(self.embeddings, lambda: self.generator(2, *key))
 
     def measure(self) -> tuple[float, int]:
         """Held-out loss, and the number of experts below the least load there."""

@@ -34,7 +34,7 @@ def heal_model(job: Job, state: State) -> None:
         batch = job.train_batch(state.model_steps)
         for number, piece in enumerate(pieces_of(batch, job.pieces)):
             share = cosine(state.model_steps + number / job.pieces, plan.model_steps, plan.warmup)
-            with job.spliced(state.model_steps, number):
+            with job.spliced(piece, state.model_steps, number):
                 found = _gradients(job, state, piece)
             if found is None:
                 continue

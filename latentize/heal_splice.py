@@ -25,6 +25,12 @@ def token_embeddings(models: Sequence[nn.Module], batch: Batch) -> list[nn.Embed
     return list({id(m): m for m in found if m.num_embeddings == columns}.values())
 
 
+def padded(batch: Batch) -> bool:
+    """Whether a batch says that some positions are padding: that goes with its sequence, and so must the ids."""
+    mask = Inputs.of(batch).kwargs.get("attention_mask")
+    return isinstance(mask, Tensor) and not bool(mask.all())
+
+
 @contextmanager
 def spliced(embeddings: Sequence[nn.Embedding], generator: Callable[[], torch.Generator]) -> Iterator[None]:
     """While inside, the token ids [B, T] that the embeddings read are spliced.

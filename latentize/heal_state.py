@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.errors import LatentizeError, ResourceError
+from latentize.inputs import buffers_kept
 from latentize.moe import LatentMoE
 
 #: Name of the state file in a checkpoint folder.
@@ -167,7 +168,7 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
         for module, _ in modes:
             module.training = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+        with buffers_kept(*models), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
             yield
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -65,12 +65,32 @@ def observing(*models: nn.Module) -> Iterator[None]:
     try:
         for module, _ in modes:
             module.training = False
-        with torch.random.fork_rng(), torch.no_grad():
+        with buffers_kept(*models), torch.random.fork_rng(), torch.no_grad():
             yield
     finally:
         random.setstate(python_state)
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def buffers_kept(*models: nn.Module) -> Iterator[None]:
+    """Whatever runs inside, the buffers of `models` (caches, counters) are afterwards the tensors they were."""
+    modules = {m: None for model in models for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)}
+    held = [(module, dict(module._buffers)) for module in modules]
+    values = {b: b.detach().clone() for _, buffers in held for b in buffers.values() if b is not None and not b.is_meta}
+    try:
+        yield
+    finally:
+        for module, buffers in held:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values.items():
+                if buffer.shape != value.shape:
+                    buffer.data = value
+                elif not torch.equal(buffer, value) and not buffer.is_inference():
+                    buffer.copy_(value)
 
 
 def with_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -> Inputs | None:

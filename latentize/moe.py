@@ -52,6 +52,9 @@ class Router(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Raw logits [T, N] of hidden [T, d], in at least fp32."""
         assert self.weight is not None
+        if torch.is_autocast_enabled(hidden.device.type):
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self.logits(hidden)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return F.linear(hidden.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 

@@ -133,7 +133,6 @@ def accuracy(report: Report) -> str:
     before = sum(block.plan.weight_bytes_before for block in report.rewritten if block.plan)
     after = sum(block.plan.weight_bytes_after for block in report.rewritten if block.plan)
     points = [("original", before, evaluation.original[metric], ORIGINAL, ORIGINAL)]
-    points += [(p.label, p.weight_bytes, p.values[metric], PAPER, MUTED) for p in report.points if metric in p.values]
     if evaluation.initialised is not None:
         points.append(("before healing", after, evaluation.initialised[metric], PAPER, REWRITTEN))
     points.append(("rewritten", after, evaluation.rewritten[metric], REWRITTEN, REWRITTEN))

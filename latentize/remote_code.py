@@ -8,11 +8,14 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 FILE = "modeling_latent.py"
 #: The modules that the file is made of; each needs only those before it.
@@ -49,25 +52,62 @@ class Support:
     reason: str = ""
 
 
-def support(config: Any, class_name: str, sites: Mapping[str, Mapping[str, Any]]) -> Support:
-    """Whether transformers alone can rebuild a converted model.
+#: For what is not a transformers model.
+NO_SUPPORT = Support()
+
+
+def support(model: nn.Module, class_name: str, blocks: Mapping[str, Mapping[str, Any]]) -> Support:
+    """Whether transformers alone can rebuild a converted model: tried, on the meta device.
 
     Args:
-        config: the model's configuration.
+        model: the converted model, with its configuration.
         class_name: the transformers class of the original.
-        sites: where its blocks sit, as JSON values by block name.
+        blocks: "site" and "spec" as JSON values, by block name.
     """
-    for name, site in sites.items():
+    config: Any = model.config
+    for name, block in blocks.items():
+        site = block["site"]
         if site["kind"] == "graph":
             return Support(reason=f"block {name!r} was rewritten as a graph")
         if site["kind"] == "parts" and site["router"]["prefix"]:
             return Support(reason=f"the router of block {name!r} transforms its input first")
     auto = _auto_classes(config, class_name)
-    return Support(auto) if auto else Support(reason=f"no Auto class of transformers knows {class_name}")
+    if not auto:
+        return Support(reason=f"no Auto class of transformers knows {class_name}")
+    reason = _other_shapes(model, class_name, described(config, class_name, blocks, auto))
+    return Support(reason=reason) if reason else Support(auto)
 
 
-def write(folder: Path, config: Any, class_name: str, blocks: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write config.json and, where transformers alone can rebuild the model, the modelling file that does.
+def _other_shapes(model: nn.Module, class_name: str, config: Any) -> str:
+    """Which tensor of the rebuilt model would differ, as in one whose other MoE blocks have other sizes; "" if none."""
+    import transformers
+
+    from latentize.modeling import LatentModel
+
+    rebuilt = type(class_name, (LatentModel, getattr(transformers, class_name)), {})
+    with torch.device("meta"):
+        built = rebuilt(config)
+    wanted, found = ({n: t.shape for n, t in m.state_dict().items()} for m in (model, built))
+    odd = next((n for n in [*wanted, *found] if wanted.get(n) != found.get(n)), None)
+    if odd is None:
+        return ""
+    return f"with the new configuration {odd} would be {list(found.get(odd, ()))}, not {list(wanted.get(odd, ()))}"
+
+
+def described(config: Any, class_name: str, blocks: Mapping[str, Mapping[str, Any]], auto: Sequence[str]) -> Any:
+    """A copy of the configuration that says where the blocks sit, and which class of the modelling file opens it."""
+    config = copy.deepcopy(config)
+    name = f"Latent{class_name}"
+    config.auto_map = {kind: f"{FILE.removesuffix('.py')}.{name}" for kind in auto}
+    config.latentize = {key: dict(value) for key, value in blocks.items()}
+    config.architectures = [name]
+    return config
+
+
+def write(
+    folder: Path, config: Any, class_name: str, blocks: Mapping[str, Mapping[str, Any]], found: Support
+) -> None:
+    """Write config.json and, where transformers alone can rebuild the model (`found`), the modelling file that does.
 
     Args:
         folder: where; it exists.
@@ -75,13 +115,8 @@ def write(folder: Path, config: Any, class_name: str, blocks: Mapping[str, Mappi
         class_name: the transformers class of the original.
         blocks: "site" and "spec" as JSON values, by block name.
     """
-    found = support(config, class_name, {name: block["site"] for name, block in blocks.items()})
     if found.auto:
-        config = copy.deepcopy(config)
-        name = f"Latent{class_name}"
-        config.auto_map = {auto: f"{FILE.removesuffix('.py')}.{name}" for auto in found.auto}
-        config.latentize = {key: dict(value) for key, value in blocks.items()}
-        config.architectures = [name]
+        config = described(config, class_name, blocks, found.auto)
         (folder / FILE).write_text(source(class_name), encoding="utf-8")
     config.save_pretrained(folder)
 

@@ -166,15 +166,6 @@ class Calibration:
 
 
 @dataclass(frozen=True)
-class Point:
-    """Another conversion of the same model, measured the same way: one point of accuracy against bytes per token."""
-
-    label: str
-    weight_bytes: int
-    values: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class OnnxAgreement:
     """An exported graph in onnxruntime against PyTorch on fresh inputs of one length."""
 
@@ -215,7 +206,6 @@ class Report:
     blocks: tuple[BlockRecord, ...]
     calibration: Calibration | None = None
     evaluation: Evaluation | None = None
-    points: tuple[Point, ...] = ()
     outputs: OutputAgreement | None = None
     latency: tuple[Latency, ...] | None = None
     onnx: tuple[OnnxAgreement, ...] | None = None
@@ -278,6 +268,16 @@ def json_schema() -> dict[str, Any]:
     return _ADAPTER.json_schema(mode="serialization", schema_generator=_Schema)
 
 
+def write_data(report: Report, out: Path) -> Path:
+    """Write report.json into the folder `out`, whole or not at all; returns its path.
+
+    Raises:
+        ResourceError: the disk is full or `out` cannot be written.
+    """
+    _write_atomically(out / JSON_NAME, to_json(report))
+    return out / JSON_NAME
+
+
 def write(report: Report, out: Path) -> tuple[Path, Path]:
     """Write report.json and then report.html into the folder `out`, each whole or not at all; returns both paths.
 
@@ -288,7 +288,7 @@ def write(report: Report, out: Path) -> tuple[Path, Path]:
     from latentize.report_html import render
 
     out = Path(out)
-    _write_atomically(out / JSON_NAME, to_json(report))
+    write_data(report, out)
     _write_atomically(out / HTML_NAME, render(report))
     return out / JSON_NAME, out / HTML_NAME
 

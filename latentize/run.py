@@ -20,6 +20,8 @@ from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
+from latentize.heal import HealPlan
+from latentize.heal_job import split_batches
 from latentize.inputs import Batch, observing
 from latentize.load_balance import ExpertLoad, expert_load
 from latentize.progress import Steps
@@ -29,8 +31,8 @@ from latentize.sources import Source, open_model, split_model
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics
 
-#: Batches that statistics are collected on in a dry run, and that loads and outputs are compared on at the end.
-_DRY_BATCHES, _COMPARE_BATCHES = 4, 8
+#: Batches that statistics are collected on in a dry run.
+_DRY_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,10 @@ class Job:
 
     @property
     def compared(self) -> Sequence[Batch]:
-        """The batches that both models are compared on."""
-        return self.batches[-_COMPARE_BATCHES:] if self.batches else self.example
+        """The batches that both models are compared on: those that healing holds out."""
+        if not self.batches:
+            return self.example
+        return split_batches(self.batches, HealPlan.chosen(self.options.recipe.heal_steps))[1]
 
 
 def convert(options: Options) -> None:
@@ -184,13 +188,13 @@ def run(job: Job) -> None:
         GateError: an accuracy or agreement gate failed; OUT is written nevertheless, and says so.
     """
     kept = Checkpoints(job.options.out)
-    marks = fingerprint(job.source.model, job.options.recipe, job.batches)
+    marks = fingerprint(job.source.model, job.survey.selected_specs, job.options.recipe, job.batches)
     if job.options.resume and not kept.open(marks, resume=True):
         job.warnings.append("--resume: there was no interrupted run, so this one started from the beginning")
     elif not job.options.resume:
         kept.open(marks, resume=False)
     graph = run_export.original(job, kept.folder)
-    before = kept.stage("evaluation-original", dict[str, float], lambda: _evaluate(job, job.source.model))
+    before = _evaluate(job, job.source.model)
     prepared, specs = _start(job, kept)
     terminal.print_plan(job.console, run_report.plans(prepared, specs))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
@@ -199,7 +203,7 @@ def run(job: Job) -> None:
     with staging.staged(job.options.out) as folder:
         with job.steps.step("save"):
             result.write(folder)
-        run_export.checkpoints(job, folder, result)
+        run_export.checkpoints(job, folder, result, gates)
         onnx = run_export.graphs(job, folder, graph, prepared.teacher, result, gates)
         measured = _compare(job, folder, prepared.teacher, result, evaluation, onnx, gates)
         with job.steps.step("report"):
@@ -243,7 +247,7 @@ def _heal(
 ) -> tuple[api.Result, Evaluation | None]:
     recipe, model = job.options.recipe, job.source.model
     student = conversion.rewrite(model, job.survey.selected, specs)
-    start = kept.stage("evaluation-initialised", dict[str, float], lambda: _evaluate(job, student.model))
+    start = _evaluate(job, student.model)
     errors = kept.stage(
         "errors-initialised", dict[str, float],
         lambda: conversion.measure_errors(prepared.teacher, student, job.batches or job.example),
@@ -257,7 +261,7 @@ def _heal(
     result = api.finish(model, job.survey, prepared, student, errors, healing, recipe, job.origin)
     if not before:
         return result, None
-    after = kept.stage("evaluation-rewritten", dict[str, float], lambda: _evaluate(job, student.model))
+    after = _evaluate(job, student.model)
     return result, Evaluation(before, after, start)
 
 

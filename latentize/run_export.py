@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from latentize import api, conversion
 from latentize.compare import Gate
 from latentize.conversion import Prepared, Rewritten
+from latentize.errors import LatentizeError
 from latentize.inputs import Inputs
 from latentize.report import OnnxAgreement
 
@@ -41,14 +43,17 @@ def check_checkpoints(job: Job, prepared: Prepared) -> None:
         nemotron_h.check(job.source.model, prepared.teacher.specs, prepared.plans)
 
 
-def checkpoints(job: Job, folder: Path, result: api.Result) -> None:
-    """Each asked-for checkpoint in a folder of its name."""
+def checkpoints(job: Job, folder: Path, result: api.Result, gates: list[Gate]) -> None:
+    """Each asked-for checkpoint in a folder of its name; how well it agrees joins `gates`."""
     for name in job.options.checkpoints:
         from latentize.exporters import nemotron_h
 
         with job.steps.step("checkpoint"):
             inputs = Inputs(job.source.args, job.source.kwargs)
-            nemotron_h.write(folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub"))
+            agreement = nemotron_h.write(
+                folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub")
+            )
+            gates.append(Gate.of(f"{name} in transformers", agreement.error, agreement.tolerance))
 
 
 def graphs(
@@ -72,7 +77,11 @@ def graphs(
         from latentize.exporters import tensorrt
 
         with job.steps.step("engine"):
-            tensorrt.build(folder)
+            try:
+                tensorrt.build(folder)
+            except LatentizeError as error:  # what was converted is kept, and the command fails
+                job.warnings.append(str(error))
+                gates.append(Gate("TensorRT engine", math.inf, 0.0, passed=False))
     title = "ONNX against PyTorch"
     gates.extend(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance) for r in rows)
     return tuple(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,9 @@ def write(job: Job, result: Result, prepared: Prepared, measured: Measured, fold
     try:
         report.write(made, folder)
     except MissingExtraError as error:
-        job.warnings.append(str(error))
+        files = tuple(file for file in made.files if file.path != report.HTML_NAME)
+        made = replace(made, warnings=(*made.warnings, str(error)), files=files)
+        report.write_data(made, folder)
     return made
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from latentize.errors import LatentizeError, ResourceError
 
 MANIFEST = "latentize.json"
-#: What a folder of ours may hold besides the files its manifest lists: written by later commands.
-_LATER = {".onnx", ".data", ".engine", ".plan", ".cache", ".json", ".html", ".safetensors"}
+#: What a folder of ours may hold besides the files its manifest lists: written by `latentize build`.
+_LATER = {".engine"}
 
 
 @contextmanager
@@ -48,6 +48,10 @@ def check_target(out: Path) -> None:
     Raises:
         LatentizeError: saying what is in the way.
     """
+    if not out.name or out.name == "..":
+        raise LatentizeError(f"{out}: is the folder that the command runs in or above; name a new one with -o")
+    if os.path.ismount(out):
+        raise LatentizeError(f"{out}: is a mount point, which cannot be replaced as a whole; name a folder inside it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     try:
         tempfile.TemporaryFile(dir=parent).close()

@@ -18,8 +18,8 @@ def put_parts(model: nn.Module, site: PartsSite, moe: LatentMoE, prefix: nn.Modu
     router = hooked_router(model.get_submodule(router_path), moe.router, site.router, prefix)
     experts = RoutedExperts(moe.experts, site.experts)
     experts.training = model.get_submodule(experts_path).training
-    put(model, router_path, router)
-    put(model, experts_path, experts)
+    _put_here(model, router_path, router)
+    _put_here(model, experts_path, experts)
 
 
 def put_whole(model: nn.Module, site: WholeSite, moe: LatentMoE) -> nn.Module:
@@ -45,6 +45,12 @@ def put(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
             if child is old:
                 other._modules[key] = module
     return model
+
+
+def _put_here(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Replace the module at a path alone: another block may use the same experts with a router of its own."""
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module
 
 
 def join(*paths: str) -> str:

@@ -7,7 +7,8 @@ can be evaluated again for other weights, so that a lift made on one copy of a m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentize.passes.double import kernel
+
+#: Bytes of intermediate values that one recording may hold.
+MOST_BYTES = 2 * 2**30
+
+
+class RecordingTooLargeError(Exception):
+    """A run that computes too much to be written down."""
 
 
 @dataclass(eq=False)
@@ -48,10 +56,10 @@ class Call:
     outputs: list[Value]
     frames: tuple[int, ...]  # open module calls, outermost first
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Base name of the operator, without overload and in-place underscore."""
-        name: str = getattr(getattr(self.op, "overloadpacket", self.op), "__name__", str(self.op))
+        name: str = getattr(getattr(self.op, "overloadpacket", self.op), "__name__", "") or str(self.op)
         return name.rstrip("_") if not name.startswith("_") else name
 
     @property
@@ -136,6 +144,7 @@ class _Recorder(TorchDispatchMode):
         self.alive: list[Tensor] = []  # keeps ids of tensors unique for the length of the run
         self.count = 0
         self.state = state
+        self.kept_bytes = 0
         self.by_storage: dict[int, list[Value]] = {}
         self.last_write: dict[int, Value] = {}
 
@@ -189,6 +198,7 @@ class _Recorder(TorchDispatchMode):
         result = kernel(func, args)(*args, **kwargs)
         call = Call(len(self.calls), func, recorded[0], recorded[1], seen, [], tuple(self.open))
         self.calls.append(call)
+        self._keep(t for t in pytree.tree_leaves(result) if isinstance(t, Tensor) and not t._is_view())
         const = all(v.const for v in seen) and torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ())
         outputs = [self._new(t, call, const=const) for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
         self._link(call, *outputs)
@@ -200,11 +210,17 @@ class _Recorder(TorchDispatchMode):
             self.last_write[_storage(tensor)] = value
         return result
 
+    def _keep(self, tensors: Iterable[Tensor]) -> None:
+        self.kept_bytes += sum(t.nbytes for t in tensors)
+        if self.kept_bytes > MOST_BYTES:
+            raise RecordingTooLargeError(f"its run holds more than {MOST_BYTES / 2**30:.0f} GiB of intermediate values")
+
     def _snapshot(self, tensor: Tensor) -> None:
         """Keep what values of this storage hold now, before it is overwritten."""
         for value in self.by_storage.get(_storage(tensor), ()):
             if value.call is not None or not value.const:
                 value.tensor = value.tensor.detach().clone()
+                self._keep([value.tensor])
         self.by_storage[_storage(tensor)] = []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -84,11 +85,16 @@ def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list
     blocks = {name: LatentMoE(spec) for name, i in moes.items() if (spec := i.block.spec) is not None}
     places = {name: i.site for name, i in moes.items() if i.site is not None}
     templates = {name: i.template for name, i in moes.items() if i.template is not None}
-    whole = replace_at(model, places, blocks, templates=templates)
-    error = max(difference(model, whole, i) for i in [inputs, *_accepted(model, Prober.of(model, inputs).others())])
-    if error <= TOGETHER:
-        return found
-    reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
+    tried = [inputs, *_accepted(model, Prober.of(model, inputs).others())]
+    try:
+        whole = replace_at(model, places, blocks, templates=templates)
+        error = max(difference(model, whole, item) for item in tried)
+        if error <= TOGETHER:
+            return found
+        reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
+    except Exception as error:  # a captured graph may hold for some sizes only
+        _log.debug("running the model in canonical form failed", exc_info=True)
+        reason = f"with its blocks in canonical form the whole model does not run: {_line(error)}"
     return [Found(_refused(i.block.name, reason)) if i.block.status == "moe" else i for i in found]
 
 
@@ -155,6 +161,7 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
+        gc.collect()  # recordings are large, and their calls and values refer to each other
         reason = unreadable(module, path) if items and all(i.block.status == "refused" for i in items) else ""
         if reason:
             items = [Found(_refused(path or ".", reason))]

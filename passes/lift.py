@@ -20,6 +20,9 @@ from latentize.passes.lift_experts import ExpertsFit, fit_experts
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
 from latentize.spec import ExpertsSpec, MoESpec
 
+#: Relative change of what a router reads of one token that counts as caused by another token, rounding aside.
+MOVED = 1e-7
+
 
 @dataclass(frozen=True)
 class Binding:
@@ -144,11 +147,12 @@ def _mixes_tokens(region: Region) -> bool:
     changed.view(tokens, -1)[token] += 1.0
     known = {common: changed}
     calls = {v.call for v in behind - shared if v.call is not None}
-    for call in sorted(calls, key=lambda c: c.index):
-        known.update(graph.rerun(call, known))
+    with in_fp64():
+        for call in sorted(calls, key=lambda c: c.index):
+            known.update(graph.rerun(call, known))
     moved = (known[seen] - seen.tensor).reshape(tokens, -1).norm(dim=1) if seen in known else torch.zeros(tokens)
     moved[token] = 0.0
-    return bool(moved.max() > 1e-9 * seen.tensor.norm())
+    return bool(moved.max() > MOVED * seen.tensor.norm())
 
 
 def _has_tokens(value: Value, tokens: int) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from latentize.passes import graph
@@ -12,8 +14,8 @@ from latentize.passes.leaves import groupings
 from latentize.passes.lift_experts import fit_experts
 
 
-def find_mixtures(recording: Recording) -> list[tuple[Call, str]]:
-    """Calls that weigh experts without selecting any, each with the reason why this is no standard MoE."""
+def find_mixtures(recording: Recording, asked: Callable[[Call], bool]) -> list[str]:
+    """Why what weighs experts without selecting any is no standard MoE, of the scores that are `asked` for."""
     heads: dict[Call, list[Call]] = {}
     for call in recording.calls:
         if call.name not in graph.SCORES or not call.inputs or call.inputs[0].const:
@@ -21,12 +23,8 @@ def find_mixtures(recording: Recording) -> list[tuple[Call, str]]:
         found, mixing = graph.nearest_projections(call.inputs[0])
         if len(found) == 1 and not mixing:
             heads.setdefault(found.pop(), []).append(call)
-    reasons = []
-    for projection, scores in heads.items():
-        reason = _reason(recording, projection, scores)
-        if reason:
-            reasons.append((scores[0], reason))
-    return reasons
+    wanted = [(projection, scores) for projection, scores in heads.items() if asked(scores[0])]
+    return [reason for projection, scores in wanted if (reason := _reason(recording, projection, scores))]
 
 
 def _reason(recording: Recording, call: Call, scores: list[Call]) -> str:

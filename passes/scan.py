@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from latentize.inputs import buffers_kept
 from latentize.passes.double import evaluating, kernel
 from latentize.passes.graph import CONTRACTIONS, SCORES, SELECTIONS
 
@@ -87,13 +88,18 @@ class _Watcher(TorchDispatchMode):
 
 
 def holds_experts(module: nn.Module, count: int) -> bool:
-    """Whether a module's parameters hold at least two matrices for each of `count` experts, stacked or one by one."""
+    """Whether a module holds at least two matrices for each of `count` experts: stacked, or in equal submodules."""
     if count < 2:
         return False
-    shapes = Counter(p.shape for p in module.parameters() if p.dim() >= 2)
-    stacked = sum(times for shape, times in shapes.items() if len(shape) >= 3 and shape[0] == count)
-    listed = sum(times // count for times in shapes.values() if times % count == 0)
-    return max(stacked, listed) >= 2
+    stacked = sum(p.dim() >= 3 and p.shape[0] == count for p in module.parameters())
+    return stacked >= 2 or sum(_matrices_in_equal_children(m, count) for m in module.modules()) >= 2
+
+
+def _matrices_in_equal_children(module: nn.Module, count: int) -> int:
+    """Matrices in each of exactly `count` children, or parameters, of equal shapes."""
+    children = Counter(tuple(p.shape for p in c.parameters() if p.dim() >= 2) for c in module.children())
+    own = Counter((p.shape,) for p in module.parameters(recurse=False) if p.dim() >= 2)
+    return sum(len(shapes) for found in (children, own) for shapes, times in found.items() if times == count)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -168,9 +174,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
     plain = {m: {k: v for k, v in vars(m).items() if isinstance(v, _PLAIN)} for m in modes}
     held = pytree.tree_leaves([list(vars(m).values()) for m in modes])
     generators = [(v, v.get_state()) for v in held if isinstance(v, torch.Generator)]
-    buffers = {n: b.detach().clone() for n, b in model.named_buffers() if b is not None and not b.is_meta}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with buffers_kept(model), torch.random.fork_rng(devices=devices):
         evaluating(model)
         try:
             yield
@@ -181,12 +186,3 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 generator.set_state(state)
             for module, mode in modes.items():
                 module.training = mode
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers and buffer.shape == buffers[name].shape:
-                        _restore(buffer, buffers[name])
-
-
-def _restore(buffer: Tensor, saved: Tensor) -> None:
-    if not torch.equal(buffer, saved) and not buffer.is_inference():
-        buffer.copy_(saved)

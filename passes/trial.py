@@ -64,8 +64,7 @@ def _near_misses(module: nn.Module, recording: Recording, notes: list[Note], inn
         if note.near == "yes"
         or (note.near == "beside experts" and any(holds_experts(module, n) for n in note.call.inputs[0].shape))
     ]  # fmt: skip
-    mixed = find_mixtures(recording)
-    return found + [reason for call, reason in mixed if innermost is None or _path(recording, call) == innermost]
+    return found + find_mixtures(recording, lambda c: innermost is None or _path(recording, c) == innermost)
 
 
 def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> tuple[list[Trial], list[str], bool]:

@@ -10,7 +10,7 @@ from safetensors import safe_open
 import latentize
 from latentize import cli
 from latentize.activations import Activation
-from latentize.errors import GateError, LatentizeError
+from latentize.errors import LatentizeError
 from latentize.exporters import nemotron_h
 from latentize.inputs import Inputs
 from latentize.spec import Groups
@@ -49,8 +49,8 @@ def result(ids):
 
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_transformers_opens_it_unmodified(result, ids, tmp_path, per_expert):
-    error = nemotron_h.write(tmp_path / "n", result.model, result.rewritten, Inputs((), ids), per_expert=per_expert)
-    assert error <= 1e-5
+    found = nemotron_h.write(tmp_path / "n", result.model, result.rewritten, Inputs((), ids), per_expert=per_expert)
+    assert found.error <= 1e-5 == found.tolerance
     config = json.loads((tmp_path / "n/config.json").read_text())
     assert (config["moe_latent_size"], config["n_routed_experts"], config["num_experts_per_tok"]) == (16, 8, 4)
     assert (config["n_group"], config["topk_group"], config["architectures"]) == (4, 2, ["NemotronHForCausalLM"])
@@ -73,8 +73,7 @@ def test_transformers_opens_it_unmodified(result, ids, tmp_path, per_expert):
 def test_what_the_file_computes_is_checked(result, ids, tmp_path, monkeypatch):
     state = nemotron_h._block_state
     monkeypatch.setattr(nemotron_h, "_block_state", lambda *a: {k: 1.01 * v for k, v in state(*a).items()})
-    with pytest.raises(GateError, match="another output"):
-        nemotron_h.write(tmp_path / "n", result.model, result.rewritten, Inputs((), ids))
+    assert nemotron_h.write(tmp_path / "n", result.model, result.rewritten, Inputs((), ids)).error > 1e-3
 
 
 @pytest.mark.parametrize(

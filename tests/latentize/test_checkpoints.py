@@ -13,7 +13,7 @@ BATCHES = [{"x": torch.ones(2, 3)}, {"x": torch.zeros(2, 3)}]
 
 def marks(model=None, recipe=None, batches=BATCHES):
     torch.manual_seed(0)
-    return fingerprint(nn.Linear(2, 2) if model is None else model, recipe or Recipe(), batches)
+    return fingerprint(nn.Linear(2, 2) if model is None else model, {}, recipe or Recipe(), batches)
 
 
 def test_a_finished_stage_is_not_done_again(tmp_path):

@@ -92,9 +92,19 @@ print(model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:
     ],
 )
 def test_what_transformers_cannot_rebuild_is_said_with_its_reason(site, class_name, reason):
-    found = remote_code.support(transformers.Qwen3MoeConfig(), class_name, {"b": site})
+    model = torch.nn.Module()
+    model.config = transformers.Qwen3MoeConfig()
+    found = remote_code.support(model, class_name, {"b": {"site": site}})
     assert not found.auto
     assert reason in found.reason
+
+
+def test_a_model_with_blocks_left_alone_says_that_transformers_alone_cannot_open_it(tmp_path):
+    result, _ = converted("qwen3_moe", latent_dim=16, exclude=["model.layers.0.*"])
+    result.save(tmp_path / "out")
+    assert not (tmp_path / "out" / remote_code.FILE).exists()
+    assert "with the new configuration model.layers.0.mlp" in (tmp_path / "out/README.md").read_text()
+    assert len(latentize.load(tmp_path / "out").state_dict()) == len(result.model.state_dict())
 
 
 def test_the_file_defines_every_name_once_and_imports_nothing_of_ours():

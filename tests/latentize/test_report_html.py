@@ -26,7 +26,6 @@ from latentize.report import (
     Model,
     OnnxAgreement,
     Plan,
-    Point,
     Report,
     Sizes,
     Stage,
@@ -65,7 +64,6 @@ def full_report(**changes):
         "blocks": (block(0), block(1), refused),
         "calibration": Calibration(10, 20_000, 600),
         "evaluation": Evaluation({"bits per byte": 1.8351}, {"bits per byte": 1.8424}, {"bits per byte": 1.87}),
-        "points": (Point("α 4", 300_000, {"bits per byte": 1.9}),),
         "outputs": OutputAgreement(100, 1.0, 0.07, 0.99, 0.01, 0.1, 0.5, 0.95),
         "latency": tuple(latency),
         "onnx": (OnnxAgreement("rewritten", 1, 2e-7, 1e-5, passed=True),),
@@ -83,7 +81,7 @@ def bare_report():
         replace(b, errors=None, load_before=None, load_after=None) for b in (block(0, spectrum=False), block(1))
     )
     return full_report(
-        blocks=blocks, calibration=None, evaluation=None, points=(), outputs=None, latency=None, onnx=None, gates=(),
+        blocks=blocks, calibration=None, evaluation=None, outputs=None, latency=None, onnx=None, gates=(),
         stages=(), warnings=(), files=(),
     )  # fmt: skip
 

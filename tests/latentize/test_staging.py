@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +98,9 @@ def test_too_little_space_is_said_before_the_work(tmp_path):
     check_space(tmp_path / "out", 1)
     with pytest.raises(ResourceError, match="are free"):
         check_space(tmp_path / "out", 2**62)
+
+
+@pytest.mark.parametrize("out", [".", "..", "/proc/mine", "/"])
+def test_places_that_cannot_become_a_folder_of_ours_are_named(out):
+    with pytest.raises(LatentizeError, match="with -o"):
+        check_target(Path(out))

@@ -107,6 +107,68 @@ MODELS = {
 }
 
 
+class Experts(nn.Module):
+    """Relu experts that are told which to use and how much."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(4, 12, 16) * 0.2)
+        self.c = nn.Parameter(torch.randn(4, 16, 12) * 0.2)
+
+    def forward(self, x, indices, weights):
+        out = torch.zeros_like(x)
+        for e in range(4):
+            row, slot = torch.where(indices == e)
+            out.index_add_(0, row, F.relu(x[row] @ self.a[e].T) @ self.c[e].T * weights[row, slot, None])
+        return out
+
+
+class Router(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 16))
+
+    def forward(self, x):
+        weights, indices = (x @ self.weight.T).softmax(-1).topk(2, -1)
+        return indices, weights
+
+
+class Layer(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.router, self.experts, self.wide = Router(), experts, nn.Linear(16, 16)
+
+    def forward(self, x):
+        flat = x.reshape(-1, 16)
+        return (self.wide(flat) + self.experts(flat, *self.router(flat))).view(x.shape)
+
+
+class SharedExperts(nn.Module):
+    """Two layers with routers of their own over the same experts."""
+
+    def __init__(self):
+        super().__init__()
+        experts = Experts()
+        self.layers = nn.Sequential(Layer(experts), Layer(experts))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class Counting(Net):
+    """Counts its tokens and keeps what it saw, in buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(0, 16))
+
+    def forward(self, x):
+        self.tokens += x.numel() // 16
+        self.seen = torch.cat([self.seen, x.detach().reshape(-1, 16)])
+        return super().forward(x)
+
+
 def outputs(model, args, kwargs):
     with torch.no_grad():
         found = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
@@ -128,6 +190,30 @@ def test_is_lifted_and_rewritten_exactly_and_its_inputs_are_left_alone(name):
     assert (found - wanted).norm() <= 1e-6 * wanted.norm()
     for old, new in zip(*(torch.utils._pytree.tree_leaves(v) for v in (before, (args, kwargs))), strict=True):
         assert torch.equal(old, new)
+
+
+def test_layers_that_share_their_experts_get_latent_experts_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    model = SharedExperts().eval()
+    result = latentize.convert(model, (X,), recipe=latentize.Recipe(latent_dim=8, heal_steps=0), calibration=[(X,)])
+    assert len(result.rewritten) == 2
+    inside = {id(module) for module in result.model.modules()}
+    assert all(id(block.experts) in inside for block in result.rewritten.values())
+    result.save(tmp_path / "out")
+    again = latentize.load(tmp_path / "out", model=SharedExperts())
+    assert torch.equal(outputs(again, (X,), {}), outputs(result.model, (X,), {}))
+
+
+def test_buffers_that_count_are_left_as_they_were():
+    torch.manual_seed(0)
+    model = Counting().eval()
+    seen = model.seen
+    latentize.inspect(model, (X,))
+    assert (int(model.tokens), model.seen) == (0, seen)
+    recipe = latentize.Recipe(latent_dim=8, heal_steps=2)
+    latentize.convert(model, (X,), recipe=recipe, calibration=[(X,), (X + 1,)])
+    assert int(model.tokens) == 0
+    assert model.seen is seen
 
 
 def test_training_mode_is_kept_and_said():

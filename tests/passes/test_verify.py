@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from latentize.passes.double import in_double
 from latentize.passes.probes import Prober
 from latentize.passes.scan import ModuleCall
 from latentize.passes.sites import Argument, Output, Structure, WholeSite
-from latentize.passes.verify import Candidate, verify
+from latentize.passes.verify import Candidate, _agrees, _relative, verify
 from latentize.reference import moe_forward
 from latentize.spec import ExpertsSpec, Groups, MoESpec, RouterSpec
 
@@ -151,3 +152,20 @@ def test_group_fill_shows_when_biased_scores_are_negative() -> None:
     masked = replace(spec, router=replace(spec.router, groups=Groups(4, 1, "max", "-inf")))
     zeroed = replace(spec, router=replace(spec.router, groups=Groups(4, 1, "max", "zero")))
     assert not torch.allclose(moe_forward(masked, hidden), moe_forward(zeroed, hidden))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_output_that_is_not_finite_is_no_match(value):
+    expected = torch.randn(6, 4, dtype=torch.float64)
+    ours = expected.clone()
+    ours[2, 1] = value
+    assert _relative(ours, expected, None, 1.0)[0] == math.inf
+    assert not _agrees(torch.full((6, 4), math.nan), expected, None)
+
+
+def test_integers_beside_the_output_are_compared_where_the_selection_is_clear():
+    numbers = torch.tensor([[1, 2], [3, 0], [2, 1]])
+    clear = torch.tensor([True, True, False])
+    assert _agrees(numbers.flip(1), numbers, clear)
+    assert _agrees(torch.tensor([[1, 2], [3, 0], [0, 0]]), numbers, clear)
+    assert not _agrees(torch.tensor([[1, 1], [3, 0], [2, 1]]), numbers, clear)
