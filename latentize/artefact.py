@@ -88,7 +88,8 @@ def write(
     """
     _check_blocks(model, blocks)
     aliases = tensors.save_state(model, folder)
-    _write_structure(folder, model, origin, described(blocks), support)
+    outlines = described(blocks)
+    _write_structure(folder, model, origin, outlines, support)
     manifest = {
         "format": "latentize",
         "schema_version": SCHEMA_VERSION,
@@ -102,7 +103,7 @@ def write(
             "config": origin.config,
         },
         "recipe": dict(recipe),
-        "blocks": described(blocks),
+        "blocks": outlines,
         "aliases": aliases,
     }
     store.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")

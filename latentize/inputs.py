@@ -42,11 +42,12 @@ class Inputs:
 
 def owned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for one call: copies of whatever it may write to, tensors and caches for example."""
-    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(_copy, (args, dict(kwargs)))
+    copied: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map(own, (args, dict(kwargs)))
     return copied
 
 
-def _copy(item: Any) -> Any:
+def own(item: Any) -> Any:
+    """A copy of one argument that a call may write to; what cannot be copied is shared."""
     if item is None or isinstance(item, (bool, int, float, str)):
         return item
     if isinstance(item, Tensor):

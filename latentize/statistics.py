@@ -96,7 +96,8 @@ def collect(
         for done, item in enumerate(_items(calibration), start=1):
             for watch in watches.values():
                 watch.batch = done - 1
-            lengths = {} if sensitivity.done else sensitivity.add(*_arguments(item))
+            inputs = Inputs.of(item)
+            lengths = {} if sensitivity.done else sensitivity.add(inputs.args, inputs.kwargs)
             for name, watch in watches.items():
                 watch.importance = lengths.get(name, [])
             with torch.no_grad(), _watching(watches.values()):
@@ -138,9 +139,8 @@ def _items(calibration: Iterable[Any]) -> Iterable[Any]:
 
 
 def _run(model: nn.Module, item: Any, index: int) -> None:
-    args, kwargs = _arguments(item)
     try:
-        Inputs(args, kwargs).call(model)
+        Inputs.of(item).call(model)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(f"calibration batch {index}: out of memory; use smaller batches") from error
     except Exception as error:
@@ -151,10 +151,6 @@ def _run(model: nn.Module, item: Any, index: int) -> None:
             f"calibration batch {index} ({shapes}): the model rejected it: {_words(error)}; "
             "give what the model's forward accepts"
         ) from error
-
-
-def _arguments(item: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    return ((), item) if isinstance(item, Mapping) else (tuple(item), {})
 
 
 def _shapes(item: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from latentize.inputs import own
 from latentize.passes.scan import ModuleCall
 
 #: Tokens of the example inputs that are used.
@@ -34,16 +34,8 @@ class Inputs:
 
 def _copied(item: Any, dtype: torch.dtype) -> Any:
     if not isinstance(item, Tensor):
-        return item if isinstance(item, (bool, int, float, str, type(None))) else _own(item)
+        return own(item)
     return item.detach().to(dtype).clone() if item.is_floating_point() else item.detach().clone()
-
-
-def _own(item: Any) -> Any:
-    """A copy of an argument that a call may write to, a cache for example."""
-    try:
-        return copy.deepcopy(item)
-    except Exception:  # what cannot be copied is shared
-        return item
 
 
 @dataclass(frozen=True)
