@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from latentize.errors import LatentizeError, ResourceError
@@ -28,18 +29,21 @@ def staged(out: Path) -> Iterator[Path]:
     """
     check_target(out)
     folder: Path | None = None
-    try:
-        with disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
-            folder.chmod(0o755)
-        with disk_errors(out):
-            yield folder
-            _list_files(folder)
-            _publish(folder, out)
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as held:
+        try:
+            with disk_errors(out):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                _clear_leftovers(out)
+                folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.partial-"))
+                held.enter_context(_in_use(folder))
+                folder.chmod(0o755)
+            with disk_errors(out):
+                yield folder
+                _list_files(folder)
+                _publish(folder, out)
+        finally:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_target(out: Path) -> None:
@@ -133,6 +137,31 @@ def disk_full(error: BaseException) -> bool:
     return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
+@contextmanager
+def _in_use(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder that ends with this process, however it ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Put right what killed runs left beside `out`: half-written folders go, a result in mid-replacement returns."""
+    kinds = tuple(f".{out.name}.{kind}-" for kind in ("partial", "old"))
+    for left in [path for path in out.parent.iterdir() if path.name.startswith(kinds)]:
+        with suppress(OSError), _in_use(left):
+            if not out.exists() and is_ours(left / out.name):
+                (left / out.name).rename(out)
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _list_files(folder: Path) -> None:
     """Note in the manifest what the folder holds, so that a later run may replace it."""
     manifest = folder / MANIFEST
@@ -152,11 +181,12 @@ def _publish(folder: Path, out: Path) -> None:
         folder.rename(out)
         return
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
-    out.rename(old / out.name)
-    try:
-        folder.rename(out)
-    except BaseException:
-        (old / out.name).rename(out)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    with _in_use(old):
+        out.rename(old / out.name)
+        try:
+            folder.rename(out)
+        except BaseException:
+            (old / out.name).rename(out)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)

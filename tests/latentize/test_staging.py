@@ -104,3 +104,36 @@ def test_too_little_space_is_said_before_the_work(tmp_path):
 def test_places_that_cannot_become_a_folder_of_ours_are_named(out):
     with pytest.raises(LatentizeError, match="with -o"):
         check_target(Path(out))
+
+
+def test_what_a_killed_run_left_is_cleared_by_the_next_one(tmp_path):
+    out = tmp_path / "out"
+    killed = tmp_path / ".out.partial-dead"
+    killed.mkdir()
+    (killed / "weights").write_text("half")
+    with staged(out) as folder:
+        fill(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_result_whose_replacement_was_killed_between_two_renames_returns(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "earlier")
+    (tmp_path / ".out.old-dead").mkdir()
+    out.rename(tmp_path / ".out.old-dead" / "out")
+    with pytest.raises(RuntimeError):
+        write_and_fail(out, RuntimeError())
+    assert (out / "weights").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_run_at_work_beside_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as first:
+        fill(first, "first")
+        with staged(out) as second:
+            fill(second, "second")
+        assert (first / "weights").read_text() == "first"
+    assert (out / "weights").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
