@@ -8,10 +8,11 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from typing import NamedTuple
 
+import expert_calls
 import pytest
 import torch
+from expert_calls import CLAMPED, SILU, Call, reference, to
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -26,49 +27,14 @@ from latentize.activations import FUNCTIONS, Activation
 from latentize.kernels_torch import Experts
 from latentize.kernels_triton_math import activate
 from latentize.kernels_triton_steps import FORMS, Cut, Problem, block_count, steps, workspaces
-from latentize.reference import experts_forward
-from latentize.routing import Routing
-from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
 
-SILU = Activation("silu")
-CLAMPED = {"alpha": 1.7, "gate_min": -0.9, "gate_max": 0.8, "up_min": -0.7, "up_max": 0.7, "up_offset": 1.0}
 #: Largest relative error: fp32 sums in another order; fp16 rounds hidden activations, pairs' outputs and the result.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3}
 
 
-class Call(NamedTuple):
-    hidden: Tensor
-    indices: Tensor
-    weights: Tensor
-    experts: Experts
-
-
-def call(tokens=5, experts=4, k=2, m=24, width=19, *, gated=True, biases=True, absent=1, seed=0) -> Call:
-    """Random fp64 arguments; `absent` expert numbers past the real ones may be selected."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    scores = torch.rand(tokens, experts + absent, generator=generator)
-    return Call(
-        normal(tokens, width),
-        scores.argsort(1)[:, :k],
-        normal(tokens, k),
-        Experts(
-            normal(experts, m, width) if gated else None,
-            normal(experts, m, width),
-            normal(experts, width, m),
-            normal(experts, m) if gated and biases else None,
-            normal(experts, m) if biases else None,
-            normal(experts, width) if biases else None,
-        ),
-    )
-
-
-def to(c: Call, dtype: torch.dtype) -> Call:
-    experts = Experts(*(None if t is None else t.to(dtype) for t in c.experts))
-    return Call(c.hidden.to(dtype), c.indices, c.weights.to(dtype), experts)
+def call(tokens=5, experts=4, k=2, m=24, width=19, **options) -> Call:
+    """Random fp64 arguments, of sizes that fill more than one tile of a kernel."""
+    return expert_calls.call(tokens, experts, k, m, width, **options)
 
 
 def run(c: Call, form=None, activation: Activation = SILU, on_input: bool = False) -> Tensor:
@@ -76,16 +42,8 @@ def run(c: Call, form=None, activation: Activation = SILU, on_input: bool = Fals
     return kernels_triton.forward(*c, activation, on_input, form)
 
 
-def reference(c: Call, activation: Activation = SILU, on_input: bool = False) -> Tensor:
-    c = to(c, torch.float64)
-    e = c.experts
-    router = RouterSpec(torch.empty(0), c.indices.shape[1], applies_to="input" if on_input else "output")
-    experts = ExpertsSpec(e.up, e.down, e.gate, e.gate_bias, e.up_bias, e.down_bias, activation)
-    return experts_forward(MoESpec(router, experts), c.hidden, Routing(c.weights, c.weights, c.indices))
-
-
 def assert_reference(c: Call, form=None, activation: Activation = SILU, on_input: bool = False) -> None:
-    actual, expected = run(c, form, activation, on_input), reference(c, activation, on_input)
+    actual, expected = run(c, form, activation, on_input), reference(to(c, torch.float64), activation, on_input)
     assert actual.dtype == c.hidden.dtype
     scale = expected.norm() if expected.norm() > 0 else 1.0
     assert float((actual.double() - expected).norm() / scale) < TOLERANCE[c.hidden.dtype]
@@ -250,7 +208,7 @@ def test_the_operator_uses_them_with_gradients_and_passes_opcheck():
     assert_close(output, run(c), rtol=0, atol=0)
     exact = to(c, torch.float64)
     others = [t.detach().requires_grad_() for t in (exact.hidden, exact.weights, *exact.experts)]
-    expected = reference(Call(others[0], c.indices, others[1], Experts(*others[2:])))
+    expected = reference(to(Call(others[0], c.indices, others[1], Experts(*others[2:])), torch.float64))
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     ours, theirs = torch.autograd.grad(output, leaves, grad), torch.autograd.grad(expected, others, grad.double())
     for a, b in zip(ours, theirs, strict=True):
