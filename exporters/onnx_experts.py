@@ -93,7 +93,7 @@ def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
     overloads = {config: _overload(name, number) for number, (config, name) in enumerate(chosen.items())}
     for node, config in zip(nodes, configs, strict=True):
         node.overload = overloads[config]
-    return {_place(node): chosen[config] for node, config in zip(nodes, configs, strict=True)}
+    return {place(node): chosen[config] for node, config in zip(nodes, configs, strict=True)}
 
 
 def _overload(form: str, number: int) -> str:
@@ -144,7 +144,7 @@ def _sizes(value: ir.Value) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in value.shape]
 
 
-def _place(node: ir.Node) -> str:
+def place(node: ir.Node) -> str:
     """The module path of a node, as the exporter recorded it."""
     import ast
 
