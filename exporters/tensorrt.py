@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from latentize import store
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import USUAL, Profile
@@ -108,9 +109,10 @@ def build(
     with disk_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
         work = Path(folder)
         asked = tuple(USUAL if profiles is None else profiles)
-        dtype = _parsable(path, work / "model.onnx", experts, max(p.batch[2] * p.tokens[2] for p in asked))
+        tokens = max(p.batch[1] * p.tokens[1] for p in asked)
+        dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)
         request = {
-            "library": library, "plugin": experts == "plugin", "quick": experts == "embedded",
+            "library": library, "plugin": experts == "plugin", "quick": problems, "tokens": tokens,
             "profiles": [[list(p.batch), list(p.tokens)] for p in asked], "strict": profiles is not None,
             "source": str(work / "model.onnx"),
         }  # fmt: skip
@@ -172,8 +174,12 @@ def _check_memory(path: Path) -> None:
         )
 
 
-def _parsable(source: Path, path: Path, experts: str, tokens: int) -> str:
-    """Write the model as TensorRT parses it, bodies inlined or nodes named as plugins; returns the experts' dtype."""
+def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str, list[Any]]:
+    """Write the model as TensorRT parses it, bodies inlined or nodes named as plugins.
+
+    Returns:
+        the experts' dtype, and the problems that embedded kernels solve, as JSON values.
+    """
     import onnx
     import onnx.inliner
     import onnx_ir as ir
@@ -188,8 +194,13 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> str:
     model.functions.clear()
     hidden = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "LatentExperts"]
     dtypes = [value.dtype for value in hidden if value is not None]
+    problems: list[Any] = []
     if experts == "dense":
         attach_bodies(model, FORM, model.opset_imports[""])
+    if experts == "embedded":
+        from latentize.exporters.tensorrt_quick import embed
+
+        problems = [store.encode(problem, _no_tensor) for problem in embed(model, tokens)]
     try:
         ir.save(model, path, external_data=path.name + ".data")
     except (ValueError, FileNotFoundError) as error:  # external data that is cut short or gone
@@ -201,12 +212,12 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> str:
         from latentize.exporters.tensorrt_plugin import name_plugins
 
         name_plugins(saved)
-    else:
-        from latentize.exporters.tensorrt_quick import name_quick_plugins
-
-        name_quick_plugins(saved, tokens)
     onnx.save(saved, path)
-    return str(dtypes[0]).lower() if dtypes and dtypes[0] is not None else "none"
+    return str(dtypes[0]).lower() if dtypes and dtypes[0] is not None else "none", problems
+
+
+def _no_tensor(path: str, _tensor: Any) -> Any:
+    raise AssertionError(f"{path}: a problem holds no tensors")
 
 
 def _build(out: Path, target: str, request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:

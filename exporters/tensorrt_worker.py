@@ -63,9 +63,16 @@ def _register(trt: Any, request: dict[str, Any]) -> None:
 
         register(trt)
     if request["quick"]:
-        from latentize.exporters import tensorrt_quick
+        import torch
 
-        tensorrt_quick.register(tensorrt_library.load("tensorrt.plugin"), trt)
+        from latentize import store
+        from latentize.exporters import tensorrt_quick
+        from latentize.kernels_triton_steps import Problem
+
+        problems = [store.decode(Problem, values, lambda _: torch.empty(0)) for values in request["quick"]]
+        major, minor = torch.cuda.get_device_capability()
+        trtp = tensorrt_library.load("tensorrt.plugin")
+        tensorrt_quick.register(trtp, trt, problems, request["tokens"], 10 * major + minor)
 
 
 def _flags(trt: Any, request: dict[str, Any]) -> int:
