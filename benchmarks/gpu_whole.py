@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from gpu_correct import TOLERANCE, Skipped, Where, block, error
 from gpu_speed import FAMILIES, TINY, exact, random_block
-from torch import Tensor
 
 
 def check_model(where: Where) -> str:
@@ -73,6 +72,9 @@ def check_tensorrt(where: Where) -> str:
     if where.device == "cpu":
         raise Skipped("running an engine needs a CUDA device")
     from latentize.exporters.tensorrt import WHERE, build
+    from latentize.exporters.tensorrt_profiles import Profile
+    from latentize.exporters.tensorrt_run import EngineSession
+    from latentize.inputs import Inputs
 
     major, minor = torch.cuda.get_device_capability()
     target = f"SM{major}{minor}"
@@ -88,35 +90,11 @@ def check_tensorrt(where: Where) -> str:
     x = torch.randn(11, 48)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(module, (x,), {}, Path(folder) / "model.onnx")
-        (engine,) = build(Path(folder), targets=(target,), max_tokens=32)
-        output = run_engine(engine.path, x.to(where.device))
-    found = error(output.cpu(), module(x).double())
+        (engine,) = build(Path(folder), targets=(target,), profiles=(Profile((1, 1, 1), (1, 16, 32)),))
+        (output,) = EngineSession(Path(folder) / engine.file)(Inputs((x,)))
+    found = error(output, module(x).double())
     assert found < 2e-3, f"the engine differs by {found:.1e}"
     return f"engine for {target} differs from PyTorch by {found:.1e}"
-
-
-def run_engine(path: Path, x: Tensor) -> Tensor:
-    """The first output of the engine at `path` on its only input x, a CUDA tensor."""
-    import tensorrt_rtx as trt
-
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    assert engine is not None, "the engine could not be loaded on this device"
-    context = engine.create_execution_context()
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    modes = {name: engine.get_tensor_mode(name) for name in names}
-    (source,) = (name for name in names if modes[name] == trt.TensorIOMode.INPUT)
-    context.set_input_shape(source, tuple(x.shape))
-    context.set_tensor_address(source, x.data_ptr())
-    outputs = {}
-    for name in names:
-        if modes[name] == trt.TensorIOMode.OUTPUT:
-            outputs[name] = torch.empty(tuple(context.get_tensor_shape(name)), device=x.device)
-            context.set_tensor_address(name, outputs[name].data_ptr())
-    stream = torch.cuda.current_stream()
-    assert context.execute_async_v3(stream.cuda_stream), "the engine refused to run"
-    stream.synchronize()
-    return next(iter(outputs.values()))
 
 
 def check_plugin(where: Where) -> str:

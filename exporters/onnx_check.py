@@ -78,8 +78,10 @@ def check_onnx(
     return OnnxAgreement(max(c.error for c in found), limit, tuple(found))
 
 
-def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+def open_session(path: Path, threads: int = 0, *, arena: bool = True) -> onnxruntime.InferenceSession:
     """An onnxruntime CPU session on a file; `threads` 0 leaves their number to onnxruntime.
+
+    Without an `arena` every call gives its memory back when it ends, which is slower.
 
     Raises:
         LatentizeError: the file is missing, broken, or uses what this onnxruntime does not support.
@@ -92,6 +94,7 @@ def open_session(path: Path, threads: int = 0) -> onnxruntime.InferenceSession:
         raise LatentizeError(f"{path}: no such file; export the model first")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = arena
     options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -110,12 +113,14 @@ def _explain(error: Exception) -> str:
     )
 
 
-def run_session(session: onnxruntime.InferenceSession, inputs: Inputs) -> list[Tensor]:
-    """Outputs of a session for a call's arguments, in the order the model returns its tensors."""
+def run_session(
+    session: onnxruntime.InferenceSession, inputs: Inputs, outputs: Sequence[str] | None = None
+) -> list[Tensor]:
+    """The named outputs of a session for a call's arguments; all of them in the order the model returns its tensors."""
     names = [i.name for i in session.get_inputs()]
     values = {name: _ort_value(t) for name, t in zip(names, inputs.tensors(), strict=True)}
-    outputs = session.run_with_ort_values([o.name for o in session.get_outputs()], values)
-    return [torch.utils.dlpack.from_dlpack(output) for output in outputs]
+    wanted = [o.name for o in session.get_outputs()] if outputs is None else list(outputs)
+    return [torch.utils.dlpack.from_dlpack(output) for output in session.run_with_ort_values(wanted, values)]
 
 
 def _ort_value(tensor: Tensor) -> onnxruntime.OrtValue:
@@ -141,10 +146,11 @@ def _compare(session: onnxruntime.InferenceSession, path: Path, model: nn.Module
     if got != wanted:
         raise GateError(f"{path}: on inputs {_shapes(shapes)} onnxruntime returns {got}, PyTorch returns {wanted}")
     pairs = list(zip(actual, expected, strict=True))
-    return Comparison(shapes, max(_relative(a, e) for a, e in pairs), max(_largest(a, e) for a, e in pairs))
+    return Comparison(shapes, max(relative_error(a, e) for a, e in pairs), max(_largest(a, e) for a, e in pairs))
 
 
-def _relative(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖; infinite where what is not finite differs."""
     a, e = actual.double(), expected.double()
     if a.isnan().sum() != e.isnan().sum():
         return float("inf")

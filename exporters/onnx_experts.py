@@ -83,7 +83,7 @@ def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
     import onnx_ir as ir
 
     nodes = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
-    configs = [_config(node) for node in nodes]
+    configs = [node_config(node) for node in nodes]
     chosen = {config: choose_form(config, configs) if form == "auto" else form for config in configs}
     for number, (config, name) in enumerate(chosen.items()):
         body = ir.from_proto(build_body(name, config, opset, _overload(name, number)))
@@ -93,7 +93,7 @@ def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
     overloads = {config: _overload(name, number) for number, (config, name) in enumerate(chosen.items())}
     for node, config in zip(nodes, configs, strict=True):
         node.overload = overloads[config]
-    return {_place(node): chosen[config] for node, config in zip(nodes, configs, strict=True)}
+    return {place(node): chosen[config] for node, config in zip(nodes, configs, strict=True)}
 
 
 def _overload(form: str, number: int) -> str:
@@ -121,7 +121,8 @@ def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
     return f"loop+{many}" if config.num_experts > 16 * config.top_k else many
 
 
-def _config(node: ir.Node) -> NodeConfig:
+def node_config(node: ir.Node) -> NodeConfig:
+    """What the body of a `latentize::LatentExperts` node depends on."""
     inputs = dict(zip(INPUTS, [*node.inputs, *(None,) * (len(INPUTS) - len(node.inputs))], strict=True))
     indices, up, hidden = inputs["indices"], inputs["up"], inputs["hidden"]
     assert indices is not None
@@ -144,7 +145,7 @@ def _sizes(value: ir.Value) -> list[int]:
     return [size if isinstance(size, int) else -1 for size in value.shape]
 
 
-def _place(node: ir.Node) -> str:
+def place(node: ir.Node) -> str:
     """The module path of a node, as the exporter recorded it."""
     import ast
 

@@ -1,4 +1,4 @@
-"""TensorRT engines from a converted model's ONNX file, built with tensorrt-rtx on a machine with or without a GPU.
+"""TensorRT engines from a converted model's ONNX file, with tensorrt or tensorrt-rtx, the latter also without a GPU.
 
 The library is driven in a process of its own (`tensorrt_worker`): it aborts on what it cannot load, and it looks for
 its parser's library under a name that its package does not have.
@@ -9,84 +9,177 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from latentize import store
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError
+from latentize.exporters import tensorrt_library
+from latentize.exporters.tensorrt_profiles import USUAL, Profile
+from latentize.kernels_native import cache_folder
+from latentize.progress import Progress, free_memory, silent
+from latentize.staging import disk_errors
 
-#: What an engine can be built for, and where it then runs.
+#: What tensorrt-rtx builds engines for, and where they then run.
 WHERE = {"portable": "NVIDIA GPUs of compute capability 8.0, 8.6, 8.9 and 12.0"} | {
     name: f"NVIDIA GPUs of compute capability {capability}"
     for name, capability in (("SM80", "8.0"), ("SM86", "8.6"), ("SM89", "8.9"), ("SM120", "12.0"))
 }
-#: How an engine runs the routed experts.
-Experts = Literal["dense", "plugin"]
+#: The GPU of this machine: all that the full library builds for.
+NATIVE = "native"
+#: How an engine runs the routed experts: dense products, the plugin in Python, or kernels embedded in the engine.
+Experts = Literal["dense", "plugin", "embedded"]
 #: The body form that TensorRT takes: it rejects loops over active experts and onnxruntime's fused operator.
 FORM = "dense"
+#: Copies of the weights that a build holds at its worst moment, at least: parsed, in the network, in the engine.
+_COPIES = 3
+#: What the process says last when it ran out of something.
+_RAN_OUT = ("out of memory", "OutOfMemory", "bad_alloc", "MemoryError", "No space left")
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One engine file. `profile` has the smallest, usual and largest shape of every input.
+    """One engine file. `file` is relative to OUT.
 
-    `layers` counts the network's layers, `plugins` those of them that are the project's plugin.
+    `profiles` has, for each profile, the smallest, usual and largest shape of every input. `layers` counts the layers
+    of the network by their kinds, `plugins` those of them that are the project's own. `plan` has the layers that the
+    engine runs, known only where a GPU can load it. `timed_before` says that a timing cache of an earlier build served.
     """
 
-    path: Path
+    file: str
     target: str
-    profile: dict[str, list[list[int]]]
-    layers: int
+    library: str
+    experts: str
+    dtype: str
+    profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
+    layers: Mapping[str, int]
+    plugins: int
+    plan: tuple[str, ...] | None
     bytes: int
     seconds: float
-    plugins: int = 0
+    timed_before: bool = False
 
 
 def build(
     out: Path,
     *,
-    targets: Sequence[str] = ("portable",),
-    max_batch: int = 4,
-    max_tokens: int = 256,
+    targets: Sequence[str] | None = None,
+    profiles: Sequence[Profile] | None = None,
     experts: Experts = "dense",
+    source: Path | None = None,
+    progress: Progress = silent,
 ) -> tuple[Engine, ...]:
-    """Build an engine for each target from `out`/model.onnx, as `out`/model.TARGET.engine; no GPU is needed.
+    """Build an engine for each target from `out`/model.onnx, as `out`/model.TARGET.engine.
 
     With `experts` "dense" they run as three dense matrix products over all experts; with "plugin" as the layer of
-    `tensorrt_plugin`, which reads the selected ones only and must be registered by whoever loads the engine. Both in
-    the dtype of the ONNX file. Inputs take any batch up to `max_batch` and any number of tokens up to `max_tokens`.
-    Running an engine needs an NVIDIA GPU of compute capability 8.0, 8.6, 8.9 or 12.0.
+    `tensorrt_plugin`, which reads the selected ones only and must be registered by whoever loads the engine; with
+    "embedded" as the kernels of `tensorrt_quick`, which the engine carries with it.
+
+    Args:
+        out: the folder that the engines go to.
+        targets: of `WHERE`, or "native"; by default portable with tensorrt-rtx, native with the full library.
+        profiles: what the engines take; by default `USUAL`, as far as the graph leaves its axes free.
+        experts: how the routed experts run, in the dtype of the ONNX file.
+        source: another ONNX file than `out`/model.onnx.
+        progress: called now and then.
 
     Raises:
-        LatentizeError: there is no model.onnx, a target is unknown, or TensorRT rejects the model (the node is named).
-        MissingExtraError: tensorrt-rtx, onnx or onnxscript is not installed.
-        ResourceError: the build ran out of memory or disk.
+        LatentizeError: there is no ONNX file, a target is unknown or not this machine's, a profile contradicts the
+            graph, or TensorRT rejects the model (the node is named).
+        MissingExtraError: neither library, or not onnx or onnxscript, is installed.
+        ResourceError: there is too little memory or disk.
     """
-    source = out / "model.onnx"
-    unknown = [target for target in targets if target not in WHERE]
-    if unknown:
-        raise LatentizeError(f"TensorRT target {unknown[0]!r} is not known: expected one of {', '.join(WHERE)}")
-    if max_batch < 1 or max_tokens < 1:
-        raise LatentizeError(f"TensorRT: max_batch {max_batch} and max_tokens {max_tokens} must be at least 1")
-    for package, name in (("tensorrt_rtx", "tensorrt-rtx"), ("onnx", "onnx"), ("onnx_ir", "onnxscript")):
+    library = tensorrt_library.find("building TensorRT engines")
+    for package, name in (("onnx", "onnx"), ("onnx_ir", "onnxscript")):
         if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(name, "tensorrt", "building TensorRT engines (no GPU is needed for that)")
-    if not source.is_file():
+            raise MissingExtraError(name, "tensorrt", "building TensorRT engines")
+    chosen = _targets(library, targets)
+    _check_experts(library, experts)
+    path = out / "model.onnx" if source is None else source
+    if not path.is_file():
         raise LatentizeError(f"{out} holds no model.onnx: convert with --export onnx first")
-    with tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
+    _check_memory(path)
+    with disk_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
         work = Path(folder)
-        parsable = _parsable(source, work / "model.onnx", experts)
-        request = {"max_batch": max_batch, "max_tokens": max_tokens, "plugin": experts == "plugin"}
-        return tuple(_build(parsable, out / f"model.{t}.engine", t, request, work) for t in targets)
+        asked = tuple(USUAL if profiles is None else profiles)
+        tokens = max(p.batch[1] * p.tokens[1] for p in asked)
+        dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)
+        request = {
+            "library": library, "plugin": experts == "plugin", "quick": problems, "tokens": tokens,
+            "profiles": [[list(p.batch), list(p.tokens)] for p in asked], "strict": profiles is not None,
+            "source": str(work / "model.onnx"),
+        }  # fmt: skip
+        made = [_build(out, target, request, work, progress) for target in chosen]
+    return tuple(Engine(**{**fields, "experts": experts, "dtype": dtype}) for fields in made)
 
 
-def _parsable(source: Path, path: Path, experts: Experts) -> Path:
-    """The model in standard operators, bodies in TensorRT's form inlined; or with the experts' nodes as plugins."""
+def _targets(library: str, targets: Sequence[str] | None) -> tuple[str, ...]:
+    """The targets to build for, each of which this library on this machine can."""
+    rtx = library == "tensorrt_rtx"
+    chosen = tuple(targets) if targets else (("portable",) if rtx else (NATIVE,))
+    for target in chosen:
+        if target != NATIVE and target not in WHERE:
+            raise LatentizeError(
+                f"TensorRT target {target!r} is not known: expected one of {', '.join(WHERE)}, or {NATIVE}"
+            )
+        if target != NATIVE and not rtx:
+            raise LatentizeError(
+                f"target {target}: the full tensorrt builds for this machine's GPU alone; leave out --target, or use "
+                "tensorrt-rtx, which builds for GPUs that are not here"
+            )
+        if target == NATIVE:
+            _check_device(library)
+    return chosen
+
+
+def _check_device(library: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        what = "the full tensorrt builds on the GPU that it builds for" if library == "tensorrt" else "target native"
+        raise LatentizeError(
+            f"{what}: there is no NVIDIA GPU with a driver here; tensorrt-rtx builds without one (--target portable)"
+        )
+    capability = torch.cuda.get_device_capability()
+    known = {"SM{}{}".format(*capability)} & {*WHERE}
+    if library == "tensorrt_rtx" and not known:
+        raise LatentizeError(
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, for which "
+            f"tensorrt-rtx does not build: it knows {', '.join(WHERE)}; use the full tensorrt"
+        )
+
+
+def _check_experts(library: str, experts: str) -> None:
+    if experts == "embedded" and library != "tensorrt":
+        raise LatentizeError(
+            "experts embedded: only the full tensorrt (10.9 or newer) embeds kernels in engines, and it is not "
+            "installed here; use --experts plugin"
+        )
+
+
+def _check_memory(path: Path) -> None:
+    weights = sum(file.stat().st_size for file in path.parent.glob(path.name + "*"))
+    needed, free = _COPIES * weights, free_memory()
+    if free is not None and needed > free:
+        raise ResourceError(
+            f"{path}: building takes at least {needed / 2**30:.1f} GiB of memory ({_COPIES} copies of its weights) and "
+            f"{free / 2**30:.1f} GiB are free; use a machine with more"
+        )
+
+
+def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str, list[Any]]:
+    """Write the model as TensorRT parses it, bodies inlined or nodes named as plugins.
+
+    Returns:
+        the experts' dtype, and the problems that embedded kernels solve, as JSON values.
+    """
     import onnx
     import onnx.inliner
     import onnx_ir as ir
@@ -99,46 +192,82 @@ def _parsable(source: Path, path: Path, experts: Experts) -> Path:
     except Exception as error:
         raise LatentizeError(f"{source}: not a readable ONNX file ({one_line(error)}); export it again") from error
     model.functions.clear()
+    hidden = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "LatentExperts"]
+    dtypes = [value.dtype for value in hidden if value is not None]
+    problems: list[Any] = []
     if experts == "dense":
         attach_bodies(model, FORM, model.opset_imports[""])
-    ir.save(model, path, external_data=path.name + ".data")
+    if experts == "embedded":
+        from latentize.exporters.tensorrt_quick import embed
+
+        problems = [store.encode(problem, _no_tensor) for problem in embed(model, tokens)]
+    try:
+        ir.save(model, path, external_data=path.name + ".data")
+    except (ValueError, FileNotFoundError) as error:  # external data that is cut short or gone
+        raise LatentizeError(f"{source}: its weights cannot be read ({one_line(error)}); export it again") from error
     saved = onnx.load(path, load_external_data=False)
     if experts == "dense":
         saved = onnx.inliner.inline_local_functions(saved)
-    else:
+    elif experts == "plugin":
         from latentize.exporters.tensorrt_plugin import name_plugins
 
         name_plugins(saved)
     onnx.save(saved, path)
-    return path
+    return str(dtypes[0]).lower() if dtypes and dtypes[0] is not None else "none", problems
 
 
-def _build(source: Path, path: Path, target: str, request: dict[str, Any], work: Path) -> Engine:
+def _no_tensor(path: str, _tensor: Any) -> Any:
+    raise AssertionError(f"{path}: a problem holds no tensors")
+
+
+def _build(out: Path, target: str, request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
+    path = out / f"model.{target}.engine"
     unfinished = work / path.name
     start = time.perf_counter()
-    answer = _ask_worker({**request, "source": str(source), "engine": str(unfinished), "target": target}, work)
+    answer = _ask_worker(
+        {**request, "engine": str(unfinished), "target": target, "cache": str(cache_folder())}, work,
+        lambda done, total, note="": progress(done, total, f"{target}: {note}"),
+    )  # fmt: skip
     if "error" in answer:
         raise LatentizeError(f"{path}: TensorRT cannot build it for {target}: {answer['error']}")
     unfinished.replace(path)
-    seconds = time.perf_counter() - start
-    return Engine(path, target, answer["profile"], answer["layers"], path.stat().st_size, seconds, answer["plugins"])
+    profiles = tuple(
+        {name: tuple(tuple(shape) for shape in shapes) for name, shapes in one.items()} for one in answer["profiles"]
+    )
+    plan = None if answer["plan"] is None else tuple(answer["plan"])
+    return {
+        "file": path.name, "target": target, "library": answer["library"], "profiles": profiles,
+        "layers": answer["layers"], "plugins": answer["plugins"], "plan": plan, "bytes": path.stat().st_size,
+        "seconds": time.perf_counter() - start, "timed_before": answer["timed_before"],
+    }  # fmt: skip
 
 
-def _ask_worker(request: dict[str, Any], work: Path) -> dict[str, Any]:
+def _ask_worker(request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
     paths = [str(_library_folder(work)), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(  # noqa: S603 - our own module, no shell
-        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        answer: dict[str, Any] = json.loads(lines[-1])
+    messages = work / "messages"
+    with messages.open("w") as said:
+        worker = subprocess.Popen(  # noqa: S603 - our own module, no shell
+            [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
+            env=environment, stdout=subprocess.PIPE, stderr=said, text=True,
+        )  # fmt: skip
+    answer: dict[str, Any] = {}
+    try:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            if line.startswith("{"):
+                answer = json.loads(line)
+                if "step" in answer:
+                    progress(answer["step"], answer["of"], answer["phase"])
+        status = worker.wait()
+    finally:
+        worker.kill()
+    if status == 0 and answer and "step" not in answer:
         return answer
-    last = next((line for line in reversed(done.stderr.strip().splitlines()) if line.strip()), "no message")
-    if done.returncode == -9 or "out of memory" in last.lower() or "No space left" in last:
-        raise ResourceError(f"TensorRT ran out of memory or disk: {last}")
-    raise LatentizeError(f"TensorRT stopped with status {done.returncode}: {last}")
+    last = next((line for line in reversed(messages.read_text().splitlines()) if line.strip()), "no message")
+    if status == -signal.SIGKILL or any(words in last for words in _RAN_OUT):
+        raise ResourceError(f"TensorRT ran out of memory or disk (status {status}): {last}")
+    raise LatentizeError(f"TensorRT stopped with status {status}: {last}")
 
 
 def _library_folder(work: Path) -> Path:

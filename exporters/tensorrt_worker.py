@@ -1,67 +1,163 @@
-"""The process that drives tensorrt-rtx: `python -m latentize.exporters.tensorrt_worker REQUEST` (see `tensorrt`).
+"""The process that drives TensorRT: `python -m latentize.exporters.tensorrt_worker REQUEST` (see `tensorrt`).
 
-REQUEST is JSON; the answer is JSON on the last line of standard output.
+REQUEST is JSON; what comes back on standard output is JSON too: a line for each step, and the answer as the last one.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-#: Number of tokens that an engine is tuned for.
-USUAL_TOKENS = 16
+from latentize.exporters import tensorrt_library
+from latentize.exporters.tensorrt_profiles import Profile, fixed_problem, shapes
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
-    """Build the engine; the answer has the profile and the number of layers, or the error."""
-    import tensorrt_rtx as trt
-
+    """Build the engine; the answer has its profiles and layers, or the error."""
+    trt = tensorrt_library.load(request["library"])
     logger = trt.Logger(trt.Logger.ERROR)
-    if request.get("plugin"):
-        from latentize.exporters.tensorrt_plugin import register
-
-        register(trt)
+    _register(trt, request)
     builder = trt.Builder(logger)
-    network = builder.create_network(0)
+    network = builder.create_network(_flags(trt, request))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request["source"]):
         problems = [parser.get_error(i) for i in range(parser.num_errors)]
         return {"error": "; ".join(f"node {p.node_name()}: {p.desc()}" for p in problems[:3])}
     config = builder.create_builder_config()
-    profile = builder.create_optimization_profile()
-    shapes = {}
-    for i in range(network.num_inputs):
-        tensor = network.get_input(i)
-        floating = tensor.dtype not in (trt.DataType.INT32, trt.DataType.INT64, trt.DataType.BOOL)
-        shapes[tensor.name] = shape_range(tuple(tensor.shape), floating, request["max_batch"], request["max_tokens"])
-        profile.set_shape(tensor.name, *shapes[tensor.name])
-    config.add_optimization_profile(profile)
-    if request["target"] != "portable":
+    config.progress_monitor = _monitor(trt)
+    profiles = []
+    for batch, tokens in request["profiles"]:
+        made, problem = _profile(trt, builder, network, Profile(tuple(batch), tuple(tokens)))
+        if problem and request["strict"]:
+            return {"error": problem}
+        config.add_optimization_profile(made[0])
+        profiles.append(made[1])
+    if request["target"] in trt.ComputeCapability.__members__ if hasattr(trt, "ComputeCapability") else False:
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, request["target"]), 0)
+    elif request["target"] == "native" and hasattr(trt, "ComputeCapability"):
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
+    cache = _TimingCache(trt, config, request)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         return {"error": "the builder found no implementation; its messages are above"}
     Path(request["engine"]).write_bytes(engine)
-    plugins = sum(network.get_layer(i).type == trt.LayerType.PLUGIN_V3 for i in range(network.num_layers))
-    return {"profile": shapes, "layers": network.num_layers, "plugins": plugins}
+    cache.keep()
+    kinds = [network.get_layer(i).type for i in range(network.num_layers)]
+    plugins = [kind.name for kind in kinds if "PLUGIN" in kind.name]
+    return {
+        "profiles": profiles, "layers": dict(Counter(kind.name for kind in kinds).most_common()),
+        "plugins": len(plugins), "plan": _plan(trt, logger, engine), "timed_before": cache.served,
+        "library": f"{tensorrt_library.LIBRARIES[request['library']]} {trt.__version__}",
+    }  # fmt: skip
 
 
-def shape_range(shape: tuple[int, ...], floating: bool, max_batch: int, max_tokens: int) -> list[list[int]]:
-    """Smallest, usual and largest shape of an input whose free axes are -1.
+def _register(trt: Any, request: dict[str, Any]) -> None:
+    if request["plugin"]:
+        from latentize.exporters.tensorrt_plugin import register
 
-    The first axis is the batch and every other free one counts tokens; floats [T, d] have no batch.
-    """
-    batched = not (floating and len(shape) == 2)
+        register(trt)
+    if request["quick"]:
+        import torch
 
-    def fill(batch: int, tokens: int) -> list[int]:
-        free = [batch if axis == 0 and batched else tokens for axis in range(len(shape))]
-        return [size if size >= 0 else free[axis] for axis, size in enumerate(shape)]
+        from latentize import store
+        from latentize.exporters import tensorrt_quick
+        from latentize.kernels_triton_steps import Problem
 
-    return [fill(1, 1), fill(1, min(USUAL_TOKENS, max_tokens)), fill(max_batch, max_tokens)]
+        problems = [store.decode(Problem, values, lambda _: torch.empty(0)) for values in request["quick"]]
+        major, minor = torch.cuda.get_device_capability()
+        trtp = tensorrt_library.load("tensorrt.plugin")
+        tensorrt_quick.register(trtp, trt, problems, request["tokens"], 10 * major + minor)
+
+
+def _flags(trt: Any, request: dict[str, Any]) -> int:
+    """The full library is told to keep the graph's dtypes, which tensorrt-rtx does anyway, and to embed kernels."""
+    known = trt.NetworkDefinitionCreationFlag
+    names = ["STRONGLY_TYPED"] if request["library"] == "tensorrt" else []
+    names += ["PREFER_AOT_PYTHON_PLUGINS"] if request["quick"] else []
+    return sum(1 << int(getattr(known, name)) for name in names if hasattr(known, name))
+
+
+def _profile(trt: Any, builder: Any, network: Any, profile: Profile) -> tuple[tuple[Any, dict[str, Any]], str]:
+    """The library's profile with the shapes in it, and how it contradicts the graph ("" where it does not)."""
+    made, problem = builder.create_optimization_profile(), ""
+    of: dict[str, Any] = {}
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        floating = tensor.dtype not in (trt.DataType.INT32, trt.DataType.INT64, trt.DataType.BOOL)
+        shape = tuple(tensor.shape)
+        problem = problem or fixed_problem(tensor.name, shape, floating, profile)
+        of[tensor.name] = shapes(shape, floating, profile)
+        made.set_shape(tensor.name, *of[tensor.name])
+    return (made, of), problem
+
+
+def _monitor(trt: Any) -> Any:
+    """Prints the steps of the outermost phases."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:  # noqa: ARG002
+            self.steps[name] = steps
+
+        def step_complete(self, name: str, step: int) -> bool:
+            print(json.dumps({"step": step + 1, "of": self.steps.get(name, 0), "phase": name}), flush=True)
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            self.steps.pop(name, None)
+
+    return Monitor()
+
+
+class _TimingCache:
+    """What the full library measured in earlier builds; tensorrt-rtx measures nothing and keeps none."""
+
+    def __init__(self, trt: Any, config: Any, request: dict[str, Any]) -> None:
+        self.served = False
+        self._config, self._path = config, None
+        if request["library"] != "tensorrt":
+            return
+        self._path = Path(request["cache"]) / f"tensorrt-{trt.__version__}.timing"
+        known = self._path.read_bytes() if self._path.exists() else b""
+        cache = config.create_timing_cache(known)
+        self.served = bool(known) and cache is not None
+        config.set_timing_cache(cache if cache is not None else config.create_timing_cache(b""), False)
+
+    def keep(self) -> None:
+        """Write what is known now, whole or not at all; a cache that cannot be written is done without."""
+        if self._path is None:
+            return
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = self._path.with_suffix(".partial")
+            unfinished.write_bytes(self._config.get_timing_cache().serialize())
+            unfinished.replace(self._path)
+        except OSError as error:
+            print(f"the timing cache is not kept: {error}", file=sys.stderr)
+
+
+def _plan(trt: Any, logger: Any, engine: Any) -> list[str] | None:
+    """The layers that the engine runs; None where no GPU can load it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    loaded = trt.Runtime(logger).deserialize_cuda_engine(engine)
+    if loaded is None:
+        return None
+    described = json.loads(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    return [layer if isinstance(layer, str) else str(layer.get("Name")) for layer in described.get("Layers", [])]
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", DeprecationWarning)
     print(json.dumps(main(json.loads(sys.argv[1]))))

@@ -124,16 +124,21 @@ def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         LatentizeError: the folder is not ours or is damaged, or the original's structure is needed and not given.
     """
+    return load_blocks(Path(out), model)[0]
+
+
+def load_blocks(out: Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, LatentMoE]]:
+    """The converted model as `load` gives it, and the blocks in it by the names of the original's."""
     from latentize import passes
 
-    manifest = read_manifest(Path(out))
+    manifest = read_manifest(out)
     base = rebuild(manifest) if model is None else model
     modules = {name: LatentMoE(block.spec) for name, block in manifest.blocks.items()}
     sites = {name: block.site for name, block in manifest.blocks.items()}
     rewritten = passes.replace_blocks_from_sites(base, sites, modules) if modules else base
     tensors.load_state(rewritten, manifest.folder, manifest.aliases)
     evaluation_mode(rewritten)
-    return rewritten
+    return rewritten, modules
 
 
 def read_manifest(folder: Path) -> Manifest:

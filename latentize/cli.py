@@ -16,6 +16,7 @@ from latentize import __version__
 from latentize.errors import LatentizeError
 
 EXPORTS = ("onnx", "tensorrt", "nemotron_h", "nemotron_h-hub")
+BACKENDS = ("torch", "ort", "trt")
 #: Threads that wait for each other sleep. Where something else runs on the same cores, spinning ones cost healing a
 #: factor of six; it must be set before torch is imported.
 _WAITING = ("OMP_WAIT_POLICY", "PASSIVE")
@@ -118,7 +119,7 @@ def convert(
 ) -> None:  # fmt: skip
     """Convert MODEL."""
     recipe = _recipe(recipe_file, fields)
-    wanted = _exports(exports)
+    wanted = _names(exports, "--export", EXPORTS)
     _start(verbose, quiet, log_file)
     from latentize import run
 
@@ -145,13 +146,49 @@ def inspect(model: str, as_json: bool, verbose: int, quiet: bool, log_file: Path
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--original", metavar="MODEL", help="The original, where it is no longer where it was.")
+@click.option(
+    "--backend",
+    "backends",
+    metavar="LIST",
+    help="Comma-separated: torch, ort, trt. [default: torch, and those whose files OUT has and that run here]",
+)
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Fail (exit 4) when a backend is further than this from PyTorch, relatively. [default: 1e-5 in fp32]",
+)
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Fail when the first value of evaluate rises by more than this fraction. [default: the conversion's]",
+)
+@click.option(
+    "--max-block-error",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="Fail when a block is further than this from the original's, relatively, and name the first.",
+)
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="T",
+    help="The longest sequence to compare. [default: the model's own, as far as time and memory allow]",
+)
 @_common
-def compare(out: Path, original: str | None, verbose: int, quiet: bool, log_file: Path | None) -> None:
-    """Compare the converted model in OUT with its original."""
+def compare(
+    out: Path, original: str | None, backends: str | None, tolerance: float | None, max_loss: float | None,
+    max_block_error: float | None, max_tokens: int | None, verbose: int, quiet: bool, log_file: Path | None,
+) -> None:  # fmt: skip
+    """Compare the converted model in OUT with its original, and its exports with PyTorch; the report keeps it."""
+    wanted = None if not backends else _names(backends, "--backend", BACKENDS)
     _start(verbose, quiet, log_file)
     from latentize import run_compare
 
-    run_compare.compare(out, original, quiet=quiet)
+    run_compare.compare(
+        run_compare.Options(out, original, wanted, tolerance, max_loss, max_block_error, max_tokens, quiet)
+    )
 
 
 @cli.command()
@@ -170,30 +207,40 @@ def bench(out: Path, original: str | None, verbose: int, quiet: bool, log_file: 
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--experts",
-    type=click.Choice(["dense", "plugin"]),
+    type=click.Choice(["dense", "plugin", "embedded"]),
     default="dense",
     show_default=True,
-    help="Routed experts as dense products over all of them, or as latentize's fused plugin, which runs the selected "
-    "ones; what loads such an engine calls latentize.exporters.tensorrt_plugin.register first.",
+    help="Routed experts as dense products over all of them; as latentize's fused plugin, which runs the selected ones "
+    "(what loads such an engine calls latentize.exporters.tensorrt_plugin.register first); or, with the full tensorrt, "
+    "as kernels embedded in the engine, which then needs no Python.",
 )
 @click.option(
     "--target",
     "targets",
     multiple=True,
-    default=("portable",),
-    show_default=True,
     metavar="GPU",
-    help="portable, SM80, SM86, SM89 or SM120; may be given several times.",
+    help="portable, SM80, SM86, SM89, SM120 or native; may be given several times. [default: portable; native with the "
+    "full tensorrt]",
+)
+@click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="[default: that of model.onnx]")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    metavar="BATCHxTOKENS",
+    help="What the engine takes, each a number or smallest:usual:largest; may be given several times. [default: the "
+    "recipe's profiles, or 1:1:4x1:16:256]",
 )
 @_common
 def build(
-    out: Path, experts: Any, targets: tuple[str, ...], verbose: int, quiet: bool, log_file: Path | None
-) -> None:
+    out: Path, experts: Any, targets: tuple[str, ...], dtype: str | None, profiles: tuple[str, ...], verbose: int,
+    quiet: bool, log_file: Path | None,
+) -> None:  # fmt: skip
     """Build TensorRT engines from the ONNX graph in OUT."""
     _start(verbose, quiet, log_file)
-    from latentize import run_compare
+    from latentize import run_build
 
-    run_compare.build(out, targets, experts, quiet=quiet)
+    run_build.build(out, targets, experts, profiles=profiles, dtype=dtype, quiet=quiet)
 
 
 def default_out(model: str) -> Path:
@@ -216,11 +263,12 @@ def _recipe(file: Path | None, given: dict[str, Any]) -> Any:
     return Recipe(**{**fields, **explicit})
 
 
-def _exports(text: str | None) -> tuple[str, ...]:
+def _names(text: str | None, option: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The comma-separated names of an option."""
     names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
-    unknown = [name for name in names if name not in EXPORTS]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise LatentizeError(f"--export {unknown[0]}: not a format latentize writes; choose from {', '.join(EXPORTS)}")
+        raise LatentizeError(f"{option} {unknown[0]}: not known; choose from {', '.join(known)}")
     return names
 
 

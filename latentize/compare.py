@@ -18,6 +18,8 @@ from latentize.moe import LatentMoE
 from latentize.taps import BlockCall, tapped
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
+#: Positions that are compared in fp64 at a time.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,7 @@ def output_agreement(original: nn.Module, rewritten: nn.Module, batches: Iterabl
     The output compared is `logits` where the model returns one, else the first floating-point tensor. Its last axis is
     read as class scores when it is called logits or when the model's inputs are integers (token ids).
     """
-    wrong = whole = dot = other = largest = 0.0
-    positions = 0
-    divergences: list[Tensor] = []
-    same = 0
+    differences = Differences()
     with observing(original, rewritten):
         for batch in batches:
             inputs = Inputs.of(batch)
@@ -144,21 +143,45 @@ def output_agreement(original: nn.Module, rewritten: nn.Module, batches: Iterabl
                     f"compare: the original returns {list(a.shape)} and the rewritten model {list(b.shape)} "
                     "for the same inputs; compare models of the same task"
                 )
-            a, b = a.double().flatten(0, -2), b.double().flatten(0, -2)
-            wrong += (b - a).square().sum().item()
-            whole += a.square().sum().item()
-            other += b.square().sum().item()
-            dot += (a * b).sum().item()
-            largest = _larger(largest, (b - a).abs().max().item() if a.numel() else 0.0)
-            positions += a.shape[0]
-            if named or not any(t.is_floating_point() for t in inputs.tensors()):
-                log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
-                divergences.append(F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1))
-                same += int((a.argmax(-1) == b.argmax(-1)).sum())
-    if not positions:
+            differences.add(a, b, scores=named or inputs.whole_numbers)
+    if not differences.positions:
         raise LatentizeError("compare: no batch to compare the models on; give at least one")
-    agreement = OutputAgreement(positions, largest, _ratio(wrong, whole), dot / math.sqrt(whole * other or 1.0))
-    return _with_divergence(agreement, torch.cat(divergences), same) if divergences else agreement
+    return differences.result()
+
+
+class Differences:
+    """Pairs of outputs added up, a few thousand positions at a time, so that only the outputs themselves are held."""
+
+    def __init__(self) -> None:
+        self.positions = 0
+        self._wrong = self._whole = self._other = self._dot = self._largest = 0.0
+        self._divergences: list[Tensor] = []
+        self._same = 0
+
+    def add(self, a: Tensor, b: Tensor, *, scores: bool) -> None:
+        """One more pair [..., c], `a` being right; `scores` says that the last axis holds class scores."""
+        for rows_a, rows_b in zip(a.flatten(0, -2).split(_ROWS), b.flatten(0, -2).split(_ROWS), strict=True):
+            self._add(rows_a.double(), rows_b.double(), scores)
+
+    def _add(self, a: Tensor, b: Tensor, scores: bool) -> None:
+        self._wrong += (b - a).square().sum().item()
+        self._whole += a.square().sum().item()
+        self._other += b.square().sum().item()
+        self._dot += (a * b).sum().item()
+        self._largest = _larger(self._largest, (b - a).abs().max().item() if a.numel() else 0.0)
+        self.positions += a.shape[0]
+        if scores:
+            log_a, log_b = a.log_softmax(-1), b.log_softmax(-1)
+            self._divergences.append(F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1))
+            self._same += int((a.argmax(-1) == b.argmax(-1)).sum())
+
+    def result(self) -> OutputAgreement:
+        """What was added so far, as one agreement."""
+        cosine = self._dot / math.sqrt(self._whole * self._other or 1.0)
+        agreement = OutputAgreement(self.positions, self._largest, _ratio(self._wrong, self._whole), cosine)
+        if not self._divergences:
+            return agreement
+        return _with_divergence(agreement, torch.cat(self._divergences), self._same)
 
 
 def loss_gate(evaluation: Evaluation, max_loss: float) -> Gate:

@@ -39,6 +39,15 @@ class Inputs:
         """Every tensor among the arguments, in order."""
         return [leaf for leaf in pytree.tree_leaves((self.args, dict(self.kwargs))) if isinstance(leaf, Tensor)]
 
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether no tensor among the arguments holds floats, as where a model reads token ids."""
+        return not any(tensor.is_floating_point() for tensor in self.tensors())
+
+    def leading(self) -> Tensor | None:
+        """The tensor whose axes are taken for batch and tokens: see `with_tokens`."""
+        return next((tensor for tensor in self.tensors() if _batch_and_tokens(tensor) is not None), None)
+
 
 def owned(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments for one call: copies of whatever it may write to, tensors and caches for example."""
@@ -102,7 +111,7 @@ def with_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int) -
     length 1; other integers that count up along an axis (positions) go on counting. Nothing is run: see `runnable_at`.
     """
     inputs = Inputs(args, dict(kwargs))
-    leading = next((tensor for tensor in inputs.tensors() if _batch_and_tokens(tensor) is not None), None)
+    leading = inputs.leading()
     sizes = None if leading is None else _batch_and_tokens(leading)
     if sizes is None:
         return None

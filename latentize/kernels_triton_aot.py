@@ -20,7 +20,8 @@ TARGETS = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101
 #: The version of the PTX: 8.7, the first that knows all of them, and what drivers of CUDA 12.8 and later take.
 PTX_VERSION = 87
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-_COUNTS = ("pairs", "blocks")
+#: The parameters that are numbers; all others are tensors.
+COUNTS = ("pairs", "blocks")
 _INTEGERS = ("order", "block_expert", "block_start", "block_rows")
 
 
@@ -54,6 +55,23 @@ class CompiledKernel:
         """Blocks to launch for so many tokens."""
         return self.step.grid(tokens, self.config.constants)
 
+    @property
+    def bare_ptx(self) -> str:
+        """The PTX without the scratch pointers, for launchers that pass the arguments of the step alone.
+
+        Raises:
+            LatentizeError: the kernel uses its scratch memory.
+        """
+        scratch = sum(argument.name.startswith("scratch") for argument in self.arguments)
+        head, entry, rest = self.ptx.partition(f".entry {self.symbol}(")
+        declared, end, body = rest.partition(")")
+        parameters = declared.split(",")
+        for parameter in parameters[len(parameters) - scratch :]:
+            if parameter.split()[-1] in body:
+                raise LatentizeError(f"kernel {self.symbol} uses scratch memory, which this launcher does not give it")
+        kept = ",".join(parameters[: len(parameters) - scratch])
+        return f"{head}{entry}{kept.rstrip()}\n{end}{body}"
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -81,20 +99,22 @@ def compile_for(target: int, problem: Problem, form: Form, *, tokens: int = 1) -
     if problem.dtype not in _POINTERS:
         raise LatentizeError(f"GPU kernels take fp32, bf16 and fp16, not {problem.dtype}: convert the model first")
     cut = Cut.of(problem, tokens, form)
-    return Compiled(problem, cut, tuple(_compile(target, problem, step) for step in steps(problem, cut)))
+    chosen = [(step, fitting(step.configs, TARGETS[target])[0]) for step in steps(problem, cut)]
+    return Compiled(problem, cut, tuple(compile_step(target, problem, *pair) for pair in chosen))
 
 
-def _compile(target: int, problem: Problem, step: Step) -> CompiledKernel:
+def compile_step(target: int, problem: Problem, step: Step, config: Config) -> CompiledKernel:
+    """One kernel in one of its configs; see `compile_for`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if not isinstance(step.kernel, triton.JITFunction):
         raise LatentizeError("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled; unset it")
-    config = fitting(step.configs, TARGETS[target])[0]
     absent = problem.absent()
     constants = {**step.constants, **config.constants, **{name: None for name in step.arguments if name in absent}}
-    arguments = tuple(Argument(name, _type(name, step, problem)) for name in step.arguments if name not in absent)
+    given = [name for name in step.arguments if name not in absent]
+    arguments = tuple(Argument(name, argument_type(name, step, problem)) for name in given)
     types = {argument.name: argument.type for argument in arguments}
     names = step.kernel.arg_names
     source = ASTSource(
@@ -112,8 +132,9 @@ def _compile(target: int, problem: Problem, step: Step) -> CompiledKernel:
     )  # fmt: skip
 
 
-def _type(name: str, step: Step, problem: Problem) -> str:
-    if name in _COUNTS:
+def argument_type(name: str, step: Step, problem: Problem) -> str:
+    """The type of a kernel's tensor or count, as `Argument.type` spells it."""
+    if name in COUNTS:
         return "i32"
     if name == "indices":
         return "*i64"

@@ -8,12 +8,37 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from latentize.errors import LatentizeError
 
 #: (experts factor, top-k factor) of a variant at an integer compression a.
 _VARIANTS = {"acc": (True, True), "eff": (True, False), "fixed": (False, False)}
+
+
+def _three(value: Any) -> Any:
+    """One size as smallest, usual and largest."""
+    return (value, value, value) if isinstance(value, int) else value
+
+
+Sizes = Annotated[tuple[int, int, int], BeforeValidator(_three)]
+
+
+class EngineProfile(BaseModel):
+    """What an engine takes: smallest, usual and largest batch and number of tokens; one number is all three."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: Sizes = (1, 1, 1)
+    tokens: Sizes
+
+    @field_validator("batch", "tokens")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        low, usual, high = value
+        if not 1 <= low <= usual <= high:
+            raise ValueError(f"{low}, {usual}, {high} is not in order: expected 1 <= smallest <= usual <= largest")
+        return value
 
 
 class Recipe(BaseModel):
@@ -23,7 +48,7 @@ class Recipe(BaseModel):
     active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
     `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
-    the original's.
+    the original's. `profiles` are what TensorRT engines take; none for the usual one.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -42,6 +67,7 @@ class Recipe(BaseModel):
     exclude: tuple[str, ...] = ()
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    profiles: tuple[EngineProfile, ...] = ()
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -23,7 +23,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from latentize.bench import Latency
 from latentize.blocks import Block, Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
+from latentize.comparison import Comparison
 from latentize.errors import LatentizeError, ResourceError
+from latentize.exporters.tensorrt import Engine
 from latentize.load_balance import ExpertLoad
 from latentize.spec import MoESpec
 
@@ -213,6 +215,8 @@ class Report:
     stages: tuple[Stage, ...] = ()
     warnings: tuple[str, ...] = ()
     files: tuple[File, ...] = ()
+    engines: tuple[Engine, ...] = ()
+    comparison: Comparison | None = None
 
     @property
     def rewritten(self) -> tuple[BlockRecord, ...]:

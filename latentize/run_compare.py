@@ -1,54 +1,71 @@
-"""Commands on a folder that a conversion wrote: compare it with its original, time both, build engines."""
+"""Commands on a folder that a conversion wrote: compare it with its original, and time both."""
 
 from __future__ import annotations
 
 import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from torch import nn
 
-from latentize import artefact, terminal
-from latentize.bench import TOKENS, Latency, bench_models, bench_onnx
-from latentize.compare import Gate, evaluate_pair, output_agreement, require
+from latentize import artefact, compare_backends, compare_blocks, report, terminal
+from latentize.bench import TOKENS, Latency, MakeInputs, bench_models, bench_onnx
+from latentize.compare import Evaluation, Gate, evaluate_pair, loss_gate, require
+from latentize.compare_backends import Backend
+from latentize.compare_inputs import Sequences, sequences
+from latentize.comparison import BackendAgreement, BlockSearch, Comparison, Which
 from latentize.conversion import batches_of, example_batch
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.inputs import Batch, Inputs, observing, runnable_at
+from latentize.moe import LatentMoE
 from latentize.progress import Steps
-from latentize.run_onnx import ORIGINAL, REWRITTEN, agreement
+from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.sources import Source, open_model
+from latentize.terminal_compare import print_comparison
 
-#: Batches that outputs are compared on.
+#: Batches that sequences are cut from and that blocks are compared on.
 _BATCHES = 8
 #: About the time that the calls of one model at one number of tokens may take.
 _SECONDS = 5.0
 
 
-def compare(out: Path, original: str | None, *, quiet: bool) -> None:
-    """Compare the converted model in OUT, and its ONNX graph where there is one, with its original.
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for; see its help. `backends` None: all that OUT and this machine have."""
+
+    out: Path
+    original: str | None = None
+    backends: tuple[str, ...] | None = None
+    tolerance: float | None = None
+    max_loss: float | None = None
+    max_block_error: float | None = None
+    max_tokens: int | None = None
+    quiet: bool = False
+
+
+def compare(options: Options) -> None:
+    """Compare the converted model in OUT with its original, and what was exported with PyTorch; the report keeps it.
 
     Raises:
-        LatentizeError: OUT is not ours, or its original is not found.
-        GateError: ONNX and PyTorch disagree.
+        LatentizeError: OUT is not ours, its original is not found, or a backend that was asked for is not there.
+        GateError: an exported model disagrees with PyTorch, or a limit that was given is passed.
     """
-    console, progress = terminal.consoles(quiet=quiet)
+    console, progress = terminal.consoles(quiet=options.quiet)
     steps = Steps(progress)
+    artefact.read_manifest(options.out)
+    notes: list[str] = []
+    backends = compare_backends.available(options.out, options.backends, notes)
     with steps.step("load"):
-        source, rewritten = open_pair(out, original)
-    notes: list[str] = list(source.notes)
-    gates: list[Gate] = []
-    with steps.step("compare"):
-        evaluation = None if source.evaluate is None else evaluate_pair(source.model, rewritten, source.evaluate)
-        outputs = output_agreement(source.model, rewritten, _batches(source))
-        rows = agreement("rewritten", out / REWRITTEN, rewritten, source, notes) if (out / REWRITTEN).exists() else []
-    terminal.print_evaluation(console, evaluation, outputs)
-    if rows:
-        terminal.print_onnx(console, rows)
-        gates = [Gate.of(f"ONNX against PyTorch, T = {row.tokens}", row.relative_error, row.tolerance) for row in rows]
-    terminal.print_end(console, gates, notes, (), str(out))
-    require(gates)
+        source, rewritten, blocks = open_pair(options.out, options.original)
+    if options.max_loss is not None and source.evaluate is None:
+        raise LatentizeError("--max-loss needs an evaluate(model) in model.py, which this model does not have; add one")
+    made = _Pair(source, rewritten, blocks, backends, options).measure(steps, [*source.notes, *notes])
+    print_comparison(console, made)
+    terminal.print_end(console, made.gates, [*made.notes, *_kept(options.out, made)], (), str(options.out))
+    require(made.gates)
 
 
 def bench(out: Path, original: str | None, *, quiet: bool) -> None:
@@ -60,35 +77,10 @@ def bench(out: Path, original: str | None, *, quiet: bool) -> None:
     console, progress = terminal.consoles(quiet=quiet)
     steps = Steps(progress)
     with steps.step("load"):
-        source, rewritten = open_pair(out, original)
+        source, rewritten, _ = open_pair(out, original)
     with steps.step("time"):
         rows = latencies(source, source.model, rewritten, out)
     terminal.print_latency(console, rows)
-
-
-def build(out: Path, targets: Sequence[str], experts: Literal["dense", "plugin"], *, quiet: bool) -> None:
-    """Build TensorRT engines from the converted model in OUT, one for each target.
-
-    Raises:
-        LatentizeError: OUT is not ours, holds no ONNX graph, a target is unknown, or TensorRT rejects the graph.
-        MissingExtraError: the packages that build engines are not installed.
-    """
-    from latentize.exporters import tensorrt
-
-    artefact.read_manifest(out)
-    require_tensorrt("latentize build")
-    if not (out / REWRITTEN).exists():
-        raise LatentizeError(
-            f"{out}: engines are built from {REWRITTEN}, which is not there; convert with --export onnx"
-        )
-    console, progress = terminal.consoles(quiet=quiet)
-    with Steps(progress).step("build"):
-        engines = tensorrt.build(out, targets=targets, experts=experts)
-    for engine in engines:
-        fused = f", {engine.plugins} of them latentize's plugin" if engine.plugins else ""
-        console.print(
-            f"{engine.path}: {engine.bytes:,} bytes, {engine.layers} layers{fused}, for {tensorrt.WHERE[engine.target]}"
-        )
 
 
 def require_tensorrt(feature: str) -> None:
@@ -97,13 +89,15 @@ def require_tensorrt(feature: str) -> None:
     Raises:
         MissingExtraError: naming the package that is missing.
     """
-    for package, name, extra in (("tensorrt_rtx", "tensorrt-rtx", "tensorrt"), ("onnx", "onnx", "onnx")):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(name, extra, f"{feature} (no GPU is needed to build, one is to run)")
+    from latentize.exporters import tensorrt_library
+
+    tensorrt_library.find(feature)
+    if importlib.util.find_spec("onnx") is None:
+        raise MissingExtraError("onnx", "onnx", feature)
 
 
-def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module]:
-    """(the original as a source, the converted model) of a folder.
+def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module, dict[str, LatentMoE]]:
+    """(the original as a source, the converted model, its blocks) of a folder.
 
     Raises:
         LatentizeError: the folder is not ours, or the original is not where it was.
@@ -120,7 +114,7 @@ def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module]:
         if original is not None:
             raise
         raise LatentizeError(f"{out}: its original cannot be opened ({error}); give --original MODEL") from error
-    return source, artefact.load(out)
+    return source, *artefact.load_blocks(out)
 
 
 def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder: Path) -> tuple[Latency, ...]:
@@ -128,25 +122,156 @@ def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder:
 
     Slow models are timed over fewer rounds, so that a table takes about a minute at most.
     """
+    make_inputs, rounds = inputs_maker(source, original), rounds_for(original, source)
+    rows = bench_models(original, rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+    return rows + _onnx_latencies(folder, make_inputs, rounds)
+
+
+def inputs_maker(source: Source, original: nn.Module) -> MakeInputs:
+    """tokens -> the example inputs brought to that many, or why the model does not take so many."""
 
     def make_inputs(tokens: int) -> Inputs | str:
         inputs, reason = runnable_at(original, source.args, source.kwargs, tokens)
         return reason if inputs is None else inputs
 
-    rounds = _rounds(original, source)
-    rows = bench_models(original, rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
-    paths = {"original": folder / ORIGINAL, "rewritten": folder / REWRITTEN}
-    present = {name: path for name, path in paths.items() if path.exists()}
-    if "rewritten" not in present:
-        return rows
-    return rows + bench_onnx(present, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+    return make_inputs
 
 
-def _rounds(model: nn.Module, source: Source) -> int:
+def rounds_for(model: nn.Module, source: Source) -> int:
+    """How often calls are timed: less often where one takes long."""
     began = time.monotonic()
     with observing(model):
         Inputs(source.args, source.kwargs).call(model)
     return max(3, min(30, int(_SECONDS / max(1e-6, time.monotonic() - began))))
+
+
+def _onnx_latencies(folder: Path, make_inputs: MakeInputs, rounds: int) -> tuple[Latency, ...]:
+    paths = {"original": folder / ORIGINAL, "rewritten": folder / REWRITTEN}
+    present = {name: path for name, path in paths.items() if path.exists()}
+    if "rewritten" not in present:
+        return ()
+    return bench_onnx(present, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Everything that one comparison is made from."""
+
+    source: Source
+    rewritten: nn.Module
+    blocks: Mapping[str, LatentMoE]
+    backends: Sequence[Backend]
+    options: Options
+
+    @property
+    def models(self) -> dict[Which, nn.Module]:
+        return {"original": self.source.model, "rewritten": self.rewritten}
+
+    def measure(self, steps: Steps, notes: list[str]) -> Comparison:
+        """Run every part of the comparison; `notes` are said before those that are made on the way."""
+        batches = _batches(self.source)
+        evaluation = None
+        if self.source.evaluate is not None:
+            with steps.step("evaluate"):
+                evaluation = evaluate_pair(self.source.model, self.rewritten, self.source.evaluate)
+        with steps.step("outputs"):
+            cut = list(sequences(self.source.model, batches, self.options.max_tokens, notes))
+            lengths, rows = compare_backends.agreement(self.models, self.backends, cut, self.options.tolerance)
+        with steps.step("blocks"):
+            limit = self.options.max_block_error
+            searches = [compare_blocks.against_original(self.source, self.blocks, batches, limit)]
+            searches += self._graph_searches(cut, rows)
+        with steps.step("time"):
+            latency = self._latencies()
+        with steps.step("memory"):
+            shown = "torch" in self._names
+            make_inputs = inputs_maker(self.source, self.source.model)
+            memory = compare_backends.memory(self.models, self.backends, make_inputs, TOKENS, torch_too=shown)
+        notes += [f"{row.backend}, {row.model}, T = {row.tokens}: {row.note}" for row in rows if row.note]
+        return Comparison(
+            date=datetime.now(UTC).isoformat(timespec="seconds"),
+            backends=self._names,
+            evaluation=evaluation,
+            lengths=tuple(lengths),
+            agreement=tuple(rows),
+            required={b.name: max(row.error for row in rows if row.backend == b.name) for b in self.backends},
+            blocks=tuple(searches),
+            latency=latency,
+            memory=tuple(memory),
+            files=_sizes(self.options.out),
+            gates=tuple(self._gates(evaluation, rows, searches)),
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        asked = self.options.backends
+        return (*(("torch",) if asked is None or "torch" in asked else ()), *(b.name for b in self.backends))
+
+    def _graph_searches(self, cut: Sequence[Sequences], rows: Sequence[BackendAgreement]) -> list[BlockSearch]:
+        """Block by block in onnxruntime: at the shortest length that disagrees, or else at a middle one."""
+        if not any(backend.name == "onnxruntime" for backend in self.backends):
+            return []
+        mine = [row for row in rows if (row.backend, row.model) == ("onnxruntime", "rewritten")]
+        tokens = next((row.tokens for row in mine if not row.passed), cut[len(cut) // 2].tokens)
+        calls = next(batch.calls for batch in cut if batch.tokens == tokens)
+        path = self.options.out / REWRITTEN
+        return [compare_blocks.in_onnxruntime(path, self.rewritten, calls[0], tokens, mine[0].tolerance)]
+
+    def _latencies(self) -> tuple[Latency, ...]:
+        model = self.source.model
+        make_inputs, rounds = inputs_maker(self.source, model), rounds_for(model, self.source)
+        rows: tuple[Latency, ...] = ()
+        if "torch" in self._names:
+            rows += bench_models(model, self.rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+        for backend in self.backends:
+            if backend.name == "onnxruntime":
+                rows += _onnx_latencies(self.options.out, make_inputs, rounds)
+            else:
+                rows += tuple(compare_backends.timed(backend, make_inputs, TOKENS, rounds))
+        return rows
+
+    def _gates(
+        self, evaluation: Evaluation | None, rows: Sequence[BackendAgreement], searches: Sequence[BlockSearch]
+    ) -> Iterator[Gate]:
+        limit = self.options.max_loss if self.options.max_loss is not None else _recorded_limit(self.options.out)
+        if evaluation is not None and limit is not None:
+            yield loss_gate(evaluation, limit)
+        for row in rows:
+            yield Gate.of(f"{row.backend} against PyTorch, {row.model}, T = {row.tokens}", row.error, row.tolerance)
+        for search in searches:
+            if search.tolerance is not None and search.errors:
+                what = f"error of block {search.first_over or search.worst}, {search.comparison}"
+                yield Gate.of(what, search.errors[search.first_over or search.worst], search.tolerance)
+
+
+def _recorded_limit(out: Path) -> float | None:
+    """What --max-loss was when the model was converted."""
+    try:
+        gates = report.read(out).gates
+    except LatentizeError:
+        return None
+    return next((gate.limit for gate in gates if gate.name.startswith("relative rise of ")), None)
+
+
+def _kept(out: Path, made: Comparison) -> list[str]:
+    """Put a comparison into the report of OUT; what stood in the way, where something did."""
+    if not (out / report.JSON_NAME).exists():
+        return [f"{out} holds no {report.JSON_NAME}, so the comparison was only printed"]
+    try:
+        report.write(replace(report.read(out), comparison=made), out)
+    except MissingExtraError as error:
+        return [str(error)]
+    return []
+
+
+def _sizes(out: Path) -> dict[str, int]:
+    """Bytes of every file of OUT, folders as a whole."""
+    found = {}
+    for entry in sorted(out.iterdir()):
+        inner = [entry] if entry.is_file() else list(entry.rglob("*"))
+        found[entry.name + "/" * entry.is_dir()] = sum(file.stat().st_size for file in inner if file.is_file())
+    return {name: size for name, size in found.items() if not name.startswith((".", "__pycache__"))}
 
 
 def _batches(source: Source) -> list[Batch]:

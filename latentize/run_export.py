@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from latentize import api, conversion
 from latentize.compare import Gate
+from latentize.compare_inputs import own_length
 from latentize.conversion import Prepared, Rewritten
 from latentize.errors import LatentizeError
+from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.inputs import Inputs
 from latentize.report import OnnxAgreement
 
@@ -56,6 +58,12 @@ def checkpoints(job: Job, folder: Path, result: api.Result, gates: list[Gate]) -
             gates.append(Gate.of(f"{name} in transformers", agreement.error, agreement.tolerance))
 
 
+def _profiles(job: Job) -> tuple[Profile, ...] | None:
+    """The recipe's profiles, which must fit the model; None where it has none and the usual one is cut to fit."""
+    planned = job.options.recipe.model_dump()["profiles"]
+    return choose((), planned, own_length(job.source.model)) if planned else None
+
+
 def graphs(
     job: Job, folder: Path, graph: Path | None, teacher: Rewritten, result: api.Result, gates: list[Gate]
 ) -> tuple[OnnxAgreement, ...] | None:
@@ -76,9 +84,9 @@ def graphs(
     if "tensorrt" in job.options.exports:
         from latentize.exporters import tensorrt
 
-        with job.steps.step("engine"):
+        with job.steps.step("engine") as progress:
             try:
-                tensorrt.build(folder)
+                job.engines.extend(tensorrt.build(folder, profiles=_profiles(job), progress=progress))
             except LatentizeError as error:  # what was converted is kept, and the command fails
                 job.warnings.append(str(error))
                 gates.append(Gate("TensorRT engine", math.inf, 0.0, passed=False))

@@ -74,6 +74,7 @@ def write(job: Job, result: Result, prepared: Prepared, measured: Measured, fold
         stages=tuple(Stage(step.name, step.seconds, step.peak_bytes) for step in job.steps.records),
         warnings=tuple(dict.fromkeys(warnings)),
         files=tuple(_files(folder)),
+        engines=tuple(job.engines),
     )
     try:
         report.write(made, folder)

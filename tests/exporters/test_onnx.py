@@ -20,7 +20,7 @@ onnx_ir = pytest.importorskip("onnx_ir")
 
 from latentize.exporters import onnx_file  # noqa: E402
 from latentize.exporters.onnx import export_onnx  # noqa: E402
-from latentize.exporters.onnx_check import _relative, check_onnx, open_session, run_session  # noqa: E402
+from latentize.exporters.onnx_check import check_onnx, open_session, relative_error, run_session  # noqa: E402
 from latentize.inputs import Inputs  # noqa: E402
 
 D, L, M, N, K, VOCAB = 16, 8, 12, 6, 2, 32
@@ -257,5 +257,5 @@ def test_transformers_model_generates_the_same_text(tmp_path: Path) -> None:
 
 def test_an_output_that_is_not_a_number_is_as_far_off_as_can_be():
     expected = torch.ones(3)
-    assert _relative(torch.tensor([1.0, float("nan"), 1.0]), expected) == float("inf")
-    assert _relative(torch.tensor([1.0, float("inf"), 1.0]), expected) == float("inf")
+    assert relative_error(torch.tensor([1.0, float("nan"), 1.0]), expected) == float("inf")
+    assert relative_error(torch.tensor([1.0, float("inf"), 1.0]), expected) == float("inf")

@@ -12,7 +12,7 @@ from torch import nn
 
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.tensorrt import build
-from latentize.exporters.tensorrt_worker import shape_range
+from latentize.exporters.tensorrt_profiles import Profile, shapes
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
@@ -41,11 +41,19 @@ def write_onnx(model: nn.Module, folder: Path, *args: torch.Tensor) -> None:
 def test_engine_is_built_on_a_machine_without_a_gpu(target: str, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     write_onnx(make_block(), tmp_path, torch.zeros(2, 5, D))
-    (engine,) = build(tmp_path, targets=(target,), max_batch=2, max_tokens=32)
-    assert engine.path == tmp_path / f"model.{target}.engine"
-    assert engine.bytes == engine.path.stat().st_size > 4 * N * M * L * 3  # the experts' weights are in it
-    assert list(engine.profile.values()) == [[[1, 1, D], [1, 16, D], [2, 32, D]]]
-    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", engine.path.name}
+    steps = []
+    profiles = (Profile((1, 1, 2), (1, 16, 32)), Profile((1, 1, 1), (1, 1, 1)))
+    (engine,) = build(tmp_path, targets=(target,), profiles=profiles, progress=lambda *step: steps.append(step))
+    assert engine.file == f"model.{target}.engine"
+    assert engine.bytes == (tmp_path / engine.file).stat().st_size > 4 * N * M * L * 3  # the experts' weights are in it
+    assert [list(one.values()) for one in engine.profiles] == [
+        [((1, 1, D), (1, 16, D), (2, 32, D))], [((1, 1, D), (1, 1, D), (1, 1, D))],
+    ]  # fmt: skip
+    assert engine.library.startswith("tensorrt-rtx ")
+    assert (engine.dtype, engine.plugins, engine.plan) == ("float", 0, None)
+    assert engine.layers["MATRIX_MULTIPLY"] >= 6  # router, projections, three products of the experts
+    assert any(note.startswith(f"{target}: ") and done <= total for done, total, note in steps)
+    assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", engine.file}
 
 
 class Unknown(nn.Module):
@@ -68,8 +76,6 @@ def test_missing_model_and_unknown_target_are_one_line(tmp_path: Path) -> None:
         build(tmp_path)
     with pytest.raises(LatentizeError, match="target 'SM75' is not known: expected one of portable, SM80"):
         build(tmp_path, targets=("SM75",))
-    with pytest.raises(LatentizeError, match="max_tokens 0 must be at least 1"):
-        build(tmp_path, max_tokens=0)
 
 
 def test_broken_file_is_one_line(tmp_path: Path) -> None:
@@ -100,4 +106,4 @@ def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     ],
 )
 def test_profile_covers_one_token_to_the_largest(shape: tuple[int, ...], floating: bool, expected: list[Any]) -> None:
-    assert shape_range(shape, floating, 4, 64) == expected
+    assert shapes(shape, floating, Profile((1, 1, 4), (1, 16, 64))) == expected

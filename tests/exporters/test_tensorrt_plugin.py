@@ -17,6 +17,7 @@ from latentize.errors import LatentizeError
 from latentize.exporters import tensorrt_plugin as plugin
 from latentize.exporters.tensorrt import build
 from latentize.exporters.tensorrt_plugin import Layer, from_fields, to_fields
+from latentize.exporters.tensorrt_profiles import Profile
 from latentize.kernels_triton_steps import Cut
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
@@ -60,15 +61,15 @@ def test_layers_run_on_raw_buffers():
 def test_engines_with_the_plugin_are_built_without_a_gpu(tmp_path, targets):
     pytest.importorskip("tensorrt_rtx")
     write_onnx(make_block(gated=False), tmp_path)
-    engines = build(tmp_path, targets=targets, max_batch=2, max_tokens=32, experts="plugin")
+    engines = build(tmp_path, targets=targets, profiles=(Profile((1, 1, 2), (1, 16, 32)),), experts="plugin")
     for engine, target in zip(engines, targets, strict=True):
-        content = engine.path.read_bytes()
-        assert engine.path.name == f"model.{target}.engine"
+        content = (tmp_path / engine.file).read_bytes()
+        assert engine.file == f"model.{target}.engine"
         assert engine.plugins == 1
         assert b"LatentExperts" in content  # looked up by this name when the engine is loaded
         assert " ".join(UNGATED).encode() in content
         assert len(content) > 4 * N * M * L * 2  # the experts' weights are in it
-    assert list(engines[0].profile.values()) == [[[1, 1, D], [1, 16, D], [2, 32, D]]]
+    assert list(engines[0].profiles[0].values()) == [((1, 1, D), (1, 16, D), (2, 32, D))]
 
 
 def test_nodes_become_plugins_that_name_their_inputs(tmp_path):

@@ -13,7 +13,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 from latentize.activations import Activation
 from latentize.exporters import tensorrt_plugin as plugin
+from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.tensorrt_plugin import Layer
+from latentize.exporters.tensorrt_quick import kernels, problem_of
 from latentize.kernels_torch import Experts
 from latentize.reference import experts_forward
 from latentize.routing import Routing
@@ -64,6 +66,34 @@ def test_layers_compute_the_reference_within_their_workspace(tokens, gated, on_i
     # fp32: sums in another order; fp16: hidden activations, pairs' outputs and the result rounded.
     assert float((output.double() - expected).norm() / expected.norm()) < (1e-6 if dtype == torch.float32 else 1.5e-3)
     assert (workspace[-64:] == 77).all()
+
+
+class Numbers:
+    """TensorRT's expressions, as numbers."""
+
+    min, cdiv = staticmethod(min), staticmethod(lambda a, b: -(-a // b))
+
+
+@pytest.mark.parametrize("tokens, usual", [(3, 1), (9, 64)])
+@pytest.mark.parametrize("gated, on_input", [(True, False), (False, True)])
+def test_the_chain_of_embedded_kernels_computes_the_reference(tokens, usual, gated, on_input):
+    """Every kernel on what TensorRT gives it: the graph's tensors, counts, and outputs of the shapes it was told."""
+    drawn = inputs(tokens, torch.float32, gated=gated)
+    tensors = {name: None if value is None else value.contiguous() for name, value in drawn.items()}
+    activation = Activation("silu", 1.3, gate_max=2.0)
+    given = tuple(name for name in ("gate", "gate_bias", "up_bias", "down_bias") if tensors[name] is not None)
+    config = NodeConfig(N, K, L, M, 1, activation, given, on_input)
+    kinds = {"FP32": torch.float32, "INT32": torch.int32}
+    for kernel in kernels(problem_of(config), usual):
+        config = kernel.configs[0]
+        for name in kernel.outputs:
+            tensors[name] = torch.full(kernel.shape(name, tokens, Numbers), 7, dtype=kinds[kernel.kind(name)])
+        counts = {name: kernel.count(name, tokens, Numbers) for name in kernel.counts}
+        passed = {name: counts.get(name, tensors.get(name)) for name in kernel.step.arguments}
+        grid = kernel.grid(config, tokens, Numbers)
+        kernel.step.kernel[grid](**passed, **kernel.step.constants, **config.options())
+    expected = reference(tensors, activation, on_input)
+    assert float((tensors["combined"].double() - expected).norm() / expected.norm()) < 1e-6  # sums in another order
 
 
 def test_no_tokens_touch_nothing():

@@ -1,0 +1,126 @@
+"""`latentize build`: TensorRT engines from what a conversion wrote."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from latentize import artefact, report, terminal
+from latentize.errors import LatentizeError, MissingExtraError
+from latentize.exporters.tensorrt_profiles import Profile, choose
+from latentize.progress import Steps
+from latentize.run_onnx import REWRITTEN
+
+if TYPE_CHECKING:
+    from latentize.exporters.tensorrt import Engine, Experts
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def build(
+    out: Path, targets: Sequence[str], experts: Experts, *, profiles: Sequence[str] = (), dtype: str | None = None,
+    quiet: bool = False,
+) -> None:  # fmt: skip
+    """Build TensorRT engines from the converted model in OUT, one for each target; the report gets what is in them.
+
+    Args:
+        out: the folder.
+        targets: what to build for; none for the default of the library that is installed.
+        experts: how the routed experts run.
+        profiles: as the command line spells them; none for the recipe's.
+        dtype: of `DTYPES`; the model is exported again in it. None for that of the graph in OUT.
+        quiet: say nothing.
+
+    Raises:
+        LatentizeError: OUT is not ours, holds no ONNX graph, a target or profile does not fit, or TensorRT rejects it.
+        MissingExtraError: the packages that build engines are not installed.
+        ResourceError: there is too little memory or disk.
+    """
+    from latentize.exporters import tensorrt
+    from latentize.run_compare import require_tensorrt
+
+    manifest = artefact.read_manifest(out)
+    require_tensorrt("latentize build")
+    asked = [Profile.parse(text) for text in profiles]
+    planned = manifest.recipe.get("profiles") or ()
+    chosen = choose(asked, planned, _longest(out))
+    if dtype is None and not (out / REWRITTEN).exists():
+        raise LatentizeError(
+            f"{out}: engines are built from {REWRITTEN}, which is not there; convert with --export onnx"
+        )
+    console, progress = terminal.consoles(quiet=quiet)
+    steps = Steps(progress)
+    with tempfile.TemporaryDirectory() as folder:
+        source = None
+        if dtype is not None:
+            with steps.step("export"):
+                source = _exported(out, dtype, Path(folder))
+        with steps.step("build") as show:
+            engines = tensorrt.build(
+                out, targets=targets, profiles=chosen if asked or planned else None, experts=experts, source=source,
+                progress=show,
+            )  # fmt: skip
+    for line in (*map(describe, engines), *_kept(out, engines)):
+        console.print(terminal.plain(line))
+
+
+def describe(engine: Engine) -> str:
+    """An engine in a line."""
+    from latentize.exporters.tensorrt import WHERE
+
+    kinds = ", ".join(f"{count} {kind.lower()}" for kind, count in list(engine.layers.items())[:4])
+    fused = f", {engine.plugins} of them latentize's" if engine.plugins else ""
+    ranges = "; ".join(
+        " ".join(f"{name} {'..'.join('x'.join(map(str, shape)) for shape in of)}" for name, of in one.items())
+        for one in engine.profiles
+    )
+    where = WHERE.get(engine.target, "this machine's GPU")
+    return (
+        f"{engine.file}: {engine.bytes:,} bytes in {engine.dtype} by {engine.library} in {engine.seconds:.1f} s, "
+        f"{sum(engine.layers.values())} layers{fused} ({kinds}, …), takes {ranges}, for {where}"
+    )
+
+
+def _longest(out: Path) -> int | None:
+    """The longest sequence that the converted model's configuration names."""
+    try:
+        values: Any = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    length = values.get("max_position_embeddings") if isinstance(values, dict) else None
+    return length if isinstance(length, int) else None
+
+
+def _exported(out: Path, dtype: str, folder: Path) -> Path:
+    """The converted model as ONNX in another dtype."""
+    from latentize.exporters.onnx import export_onnx
+
+    source = artefact.open_artefact(out)
+    wanted = DTYPES[dtype]
+
+    def cast(value: Any) -> Any:
+        return value.to(wanted) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    args = tuple(cast(value) for value in source.args)
+    kwargs = {name: cast(value) for name, value in source.kwargs.items()}
+    return export_onnx(source.model.to(wanted), args, kwargs, folder / REWRITTEN, form="dense").path
+
+
+def _kept(out: Path, engines: Sequence[Engine]) -> list[str]:
+    """Put the engines into the report of OUT, in place of those of the same name; what stood in the way."""
+    if not (out / report.JSON_NAME).exists():
+        return []
+    made = report.read(out)
+    names = {engine.file for engine in engines}
+    others = tuple(engine for engine in made.engines if engine.file not in names)
+    try:
+        report.write(replace(made, engines=(*others, *engines)), out)
+    except MissingExtraError as error:
+        return [str(error)]
+    return []
