@@ -58,6 +58,26 @@ def cli(context: click.Context) -> None:
         context.exit(2)
 
 
+class _Compression(click.ParamType):
+    """A number, or "auto"; the recipe says which numbers."""
+
+    name = "A"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The value as the recipe takes it."""
+        return value if value == "auto" else click.FLOAT.convert(value, param, ctx)
+
+
+def _budget(_ctx: click.Context, _param: click.Parameter, text: str | None) -> dict[str, str] | None:
+    """`bytes=0.5` as a field and its value, which the recipe checks."""
+    if text is None:
+        return None
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise LatentizeError(f"--budget {text}: give bytes=SHARE, flops=SHARE or max_loss=X")
+    return {name.strip(): value.strip()}
+
+
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every command has."""
     options = [
@@ -73,7 +93,19 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command(hidden=True)
 @click.argument("model")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Folder to write. [default: MODEL-latent]")
-@click.option("--compression", type=float, help="α: divide the experts' width by this. [default: 2]")
+@click.option(
+    "--compression",
+    type=_Compression(),
+    metavar="A",
+    help="α: divide the experts' width by this; auto gives every block its own, within --budget. [default: 2]",
+)
+@click.option(
+    "--budget",
+    callback=_budget,
+    metavar="WHAT=X",
+    help="For --compression auto: bytes=X or flops=X, the share of the original's expert weights or FLOPs that a token "
+    "may take; or max_loss=X, how much loss may be predicted.",
+)
 @click.option("--latent-dim", type=int, help="ℓ: the experts' width, instead of --compression.")
 @click.option(
     "--variant",
@@ -134,13 +166,28 @@ def convert(
 @cli.command()
 @click.argument("model")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--calibrate",
+    is_flag=True,
+    help="Run the model on its calibration data and predict what every latent width would cost each block.",
+)
+@click.option(
+    "--knee",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="X",
+    help="With --calibrate: name the smallest width for all blocks whose predicted loss is at most X.",
+)
 @_common
-def inspect(model: str, as_json: bool, verbose: int, quiet: bool, log_file: Path | None) -> None:
+def inspect(
+    model: str, as_json: bool, calibrate: bool, knee: float | None, verbose: int, quiet: bool, log_file: Path | None
+) -> None:
     """List every MoE block of MODEL and what it was proved to compute."""
+    if knee is not None and not calibrate:
+        raise LatentizeError("--knee is read off what --calibrate predicts; give both")
     _start(verbose, quiet, log_file)
     from latentize import run
 
-    run.inspect(model, as_json=as_json, quiet=quiet)
+    run.inspect(model, as_json=as_json, calibrate=calibrate, knee=knee, quiet=quiet)
 
 
 @cli.command()
@@ -260,6 +307,10 @@ def _recipe(file: Path | None, given: dict[str, Any]) -> Any:
         raise LatentizeError("--compression and --latent-dim both set the experts' width; give one of them")
     if "compression" in explicit:
         fields.pop("latent_dim", None)
+        if explicit["compression"] != "auto":
+            fields.pop("budget", None)
+    if "latent_dim" in explicit and fields.get("compression") == "auto":
+        fields = {name: value for name, value in fields.items() if name not in ("compression", "budget")}
     return Recipe(**{**fields, **explicit})
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,12 @@ from torch.utils import _pytree as pytree
 from latentize import passes
 from latentize.compare import block_errors
 from latentize.errors import LatentizeError
+from latentize.forecast import Forecast
 from latentize.initialise import initialise
 from latentize.inputs import Batch, Inputs, observing
 from latentize.moe import LatentMoE
-from latentize.plan import BlockPlan, make_plan
+from latentize.plan import BlockPlan, check_plan, make_plan
+from latentize.predict import predict
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
 from latentize.reread import Reading, reread
@@ -229,6 +231,7 @@ class Prepared:
     teacher: Rewritten
     statistics: Mapping[str, BlockStatistics] | None
     plans: Mapping[str, BlockPlan]
+    forecast: Forecast = field(default_factory=lambda: Forecast({}))
 
     @property
     def warnings(self) -> list[str]:
@@ -243,18 +246,24 @@ def prepare(
     batches: Sequence[Batch],
     *,
     statistics: Mapping[str, BlockStatistics] | None = None,
+    sweep: bool = False,
     progress: Progress = silent,
 ) -> Prepared:
-    """Collect the statistics that the recipe asks for, unless they are given, and make the plan.
+    """Collect the statistics that the recipe asks for, unless they are given, try the widths, and make the plan.
+
+    With `sweep` predictions cover all widths, not just what the recipe asks for.
 
     Raises:
         LatentizeError: the model rejects a batch, or the recipe does not fit a block.
     """
     teacher = canonical(model, selected)
+    specs = teacher.specs
+    check_plan(specs, recipe)
     if statistics is None and batches and recipe.init == "activation":
         statistics = measure(teacher, recipe, batches, progress)
-    plans = make_plan(teacher.specs, recipe, statistics)
-    return Prepared(model, selected, batches, teacher, statistics, plans)
+    bare = Prepared(model, selected, batches, teacher, statistics, {})
+    seen = predict(bare, recipe, sweep=sweep, progress=progress)
+    return replace(bare, plans=make_plan(specs, recipe, statistics, seen), forecast=seen)
 
 
 def measure(

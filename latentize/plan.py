@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from latentize.allocate import Option, widths, within_cost, within_loss
 from latentize.errors import LatentizeError
-from latentize.projections import gram, output_gram, shrink, spectrum, square_root
+from latentize.forecast import Curve, Forecast
+from latentize.projections import gram, output_gram, shrink, spectrum
 from latentize.recipe import Recipe
 from latentize.rescale import check_factors
 from latentize.spec import MoESpec
@@ -28,6 +30,8 @@ class BlockPlan:
     `expert_bytes` are the weights of the selected experts; `projection_bytes`, those of the two projections, are read
     once per batch. `dispatched_bytes` are the activations that travel to the experts and back. FLOPs count the router,
     the projections and the experts. `spectrum` holds the singular values of G C^½ (see `latentize.projections`).
+    `predicted_error` is the relative error of the routed output right after initialisation, and `predicted_loss` what
+    it adds to the model's loss beside the other blocks (see `latentize.forecast`).
     """
 
     name: str
@@ -47,31 +51,117 @@ class BlockPlan:
     projection_bytes: int
     flops_before: int
     flops_after: int
-    spectrum: tuple[float, ...]
-    effective_rank: float
-    predicted_error: float
+    spectrum: tuple[float, ...] = ()
+    effective_rank: float = math.nan
+    predicted_error: float = math.nan
+    predicted_loss: float | None = None
     warnings: tuple[str, ...] = ()
 
 
 def make_plan(
-    specs: Mapping[str, MoESpec], recipe: Recipe, statistics: Mapping[str, BlockStatistics] | None = None
+    specs: Mapping[str, MoESpec],
+    recipe: Recipe,
+    statistics: Mapping[str, BlockStatistics] | None = None,
+    forecast: Forecast | None = None,
 ) -> dict[str, BlockPlan]:
     """The plan of every block, by name.
 
+    Args:
+        specs: the original blocks.
+        recipe: says how wide the experts become, or what may be spent on their widths.
+        statistics: of the blocks over calibration data.
+        forecast: predictions from trials (`latentize.predict`). The spectra alone predict where a block has none.
+
     Raises:
-        LatentizeError: a latent size or a factor that a block cannot have; the message names the block and its sizes.
+        LatentizeError: a latent size or a factor that a block cannot have, naming the block and its sizes; or a budget
+            that no widths can keep.
     """
-    return {name: plan_block(name, spec, recipe, (statistics or {}).get(name)) for name, spec in specs.items()}
+    check_plan(specs, recipe)
+    statistics = statistics or {}
+    spectra = {name: Spectra.of(spec, statistics.get(name)) for name, spec in specs.items()}
+    forecast = forecast or Forecast({})
+    known = {name: forecast.curves.get(name) or spectra[name].curve() for name in specs}
+    chosen = allocate(specs, recipe, replace(forecast, curves=known)) if recipe.auto else {}
+    plans = {}
+    for name, spec in specs.items():
+        plan, said = plan_block(name, spec, recipe, chosen.get(name)), statistics.get(name)
+        plans[name] = replace(
+            plan,
+            spectrum=tuple(spectra[name].input.tolist()),
+            effective_rank=effective_rank(spectra[name].input),
+            predicted_error=known[name].error_at(plan.latent_dim),
+            predicted_loss=known[name].loss_at(plan.latent_dim),
+            warnings=(*plan.warnings, *(said.warnings if said is not None else ())),
+        )
+    return _together(plans, forecast)
 
 
-def plan_block(name: str, spec: MoESpec, recipe: Recipe, statistics: BlockStatistics | None) -> BlockPlan:
-    """The plan of one block."""
-    d, latent = spec.hidden_size, recipe.latent_dim_for(spec.hidden_size)
-    a, b = recipe.factors_for(d)
+def _together(plans: dict[str, BlockPlan], forecast: Forecast) -> dict[str, BlockPlan]:
+    """The plans with the blocks' losses scaled to add up to that of the model."""
+    total = sum(plan.predicted_loss or 0.0 for plan in plans.values())
+    if not total:
+        return plans
+    scale = forecast.together(total) / total
+    return {
+        name: plan if plan.predicted_loss is None else replace(plan, predicted_loss=scale * plan.predicted_loss)
+        for name, plan in plans.items()
+    }
+
+
+def check_plan(specs: Mapping[str, MoESpec], recipe: Recipe) -> None:
+    """Raise the LatentizeError that `make_plan` would for sizes that a block cannot have."""
+    for name, spec in specs.items():
+        for latent in widths(spec.hidden_size) if recipe.auto else [None]:
+            plan_block(name, spec, recipe, latent)
+
+
+def allocate(specs: Mapping[str, MoESpec], recipe: Recipe, forecast: Forecast) -> dict[str, int]:
+    """The width of every block, by name, that the recipe's budget is best spent on.
+
+    Raises:
+        LatentizeError: no widths keep the budget, or it is one on the loss and a block's loss cannot be predicted.
+    """
+    assert recipe.budget is not None
+    what, limit = recipe.budget.limit
+    curves = forecast.curves
+    blind = next((name for name in specs if curves[name].losses is None), None)
+    if what == "max_loss" and blind is not None:
+        raise LatentizeError(
+            f"budget.max_loss: {blind}: no gradients, so the loss cannot be predicted; "
+            "give calibration data of a differentiable model, or a budget of bytes or flops"
+        )
+    measure = "flops" if what == "flops" else "bytes"
+    options, whole = {}, 0.0
+    for name, spec in specs.items():
+        options[name] = list(options_of(spec, recipe, curves[name], measure, by_error=blind is not None))
+        before = _Cost(spec, spec.hidden_size, spec.num_experts, spec.top_k, _element(spec, None))
+        whole += before.flops if measure == "flops" else before.expert_bytes
+    if what == "max_loss":
+        return within_loss(options, forecast.alone(limit))
+    return within_cost(options, limit * whole, f"budget.{what} = {limit:g}")
+
+
+def options_of(
+    spec: MoESpec, recipe: Recipe, curve: Curve, measure: str = "bytes", *, by_error: bool = False
+) -> Iterator[Option]:
+    """What each width of a block costs; with `by_error` its loss is the squared relative error."""
+    d = spec.hidden_size
+    for latent in widths(d):
+        a, b = recipe.factors_for(d, latent)
+        after = _Cost(spec, latent, a * spec.num_experts, b * spec.top_k, _element(spec, recipe))
+        cost = after.flops + 4 * d * latent if measure == "flops" else after.expert_bytes
+        loss = None if by_error else curve.loss_at(latent)
+        yield Option(latent, cost, curve.error_at(latent) ** 2 if loss is None else loss)
+
+
+def plan_block(name: str, spec: MoESpec, recipe: Recipe, latent: int | None = None) -> BlockPlan:
+    """The sizes and costs of one block, without predictions; `latent` where the recipe leaves it open."""
+    d = spec.hidden_size
+    latent = recipe.latent_dim_for(d) if latent is None else latent
+    a, b = recipe.factors_for(d, latent)
     _check(name, spec, latent, a, b)
-    element = getattr(torch, recipe.dtype).itemsize if recipe.dtype else spec.experts.up.element_size()
-    values, error = _predict(spec, latent, statistics)
-    before = _Cost(spec, d, spec.num_experts, spec.top_k, spec.experts.up.element_size())
+    element = _element(spec, recipe)
+    before = _Cost(spec, d, spec.num_experts, spec.top_k, _element(spec, None))
     after = _Cost(spec, latent, a * spec.num_experts, b * spec.top_k, element)
     return BlockPlan(
         name=name,
@@ -91,10 +181,7 @@ def plan_block(name: str, spec: MoESpec, recipe: Recipe, statistics: BlockStatis
         projection_bytes=2 * d * latent * element,
         flops_before=before.flops,
         flops_after=after.flops + 4 * d * latent,
-        spectrum=tuple(values.tolist()),
-        effective_rank=effective_rank(values),
-        predicted_error=error,
-        warnings=(*_limits(name, spec, a, b), *(statistics.warnings if statistics is not None else ())),
+        warnings=tuple(_limits(name, spec, a, b)),
     )
 
 
@@ -143,24 +230,46 @@ def _limits(name: str, spec: MoESpec, a: int, b: int) -> Iterator[str]:
             yield f"{name}: {what} {size} → {factor * size} passes {shown}, where some serving kernels stop"
 
 
-def _predict(spec: MoESpec, latent: int, statistics: BlockStatistics | None) -> tuple[Tensor, float]:
-    """Singular values of the input side, and the relative output error expected of truncating both sides."""
-    experts, d = spec.experts, spec.hidden_size
-    if statistics is None or not statistics.tokens:
-        loads = torch.ones(spec.num_experts, dtype=torch.float64, device=experts.up.device)
-        moment = torch.eye(d, dtype=torch.float64, device=experts.up.device)
-        output = output_gram(experts, loads)
-    else:
-        loads = statistics.counts[: spec.num_experts].double() / statistics.tokens
-        moment = shrink(statistics.input_moment, statistics.tokens)
-        output = statistics.output_moment
-    values = spectrum(gram(experts, loads, loads), moment)
-    outgoing = torch.linalg.eigvalsh(square_root(output)).flip(0)
-    lost_in, lost_out = _tail(values, latent), _tail(outgoing, latent)
-    return values, math.sqrt(1.0 - (1.0 - lost_in) * (1.0 - lost_out))
+@dataclass(frozen=True)
+class Spectra:
+    """Singular values [d], descending, of the input side (G C^½) and of the routed output's second moment."""
+
+    input: Tensor
+    output: Tensor
+
+    @classmethod
+    def of(cls, spec: MoESpec, statistics: BlockStatistics | None) -> Spectra:
+        """From calibration statistics, or from the weights alone where there are none."""
+        experts, d = spec.experts, spec.hidden_size
+        if statistics is None or not statistics.tokens:
+            loads = torch.ones(spec.num_experts, dtype=torch.float64, device=experts.up.device)
+            moment = torch.eye(d, dtype=torch.float64, device=experts.up.device)
+            output = output_gram(experts, loads)
+        else:
+            loads = statistics.counts[: spec.num_experts].double() / statistics.tokens
+            moment = shrink(statistics.input_moment, statistics.tokens)
+            output = statistics.output_moment
+        values = spectrum(gram(experts, loads, loads), moment)
+        return cls(values, torch.linalg.eigvalsh(output).flip(0).clamp_min(0).sqrt())
+
+    def curve(self) -> Curve:
+        """The relative output error expected of truncating both sides, at every width."""
+        dims = range(1, len(self.input) + 1)
+        lost_in, lost_out = _tails(self.input), _tails(self.output)
+        errors = (1.0 - (1.0 - lost_in) * (1.0 - lost_out)).clamp_min(0).sqrt()
+        return Curve(tuple(dims), tuple(errors.tolist()))
 
 
-def _tail(values: Tensor, kept: int) -> float:
-    """Share of the energy past the first `kept` singular values."""
+def _tails(values: Tensor) -> Tensor:
+    """Share of the energy past the first n singular values, for n = 1 to d."""
     energy = values.double().square()
-    return (energy[kept:].sum() / energy.sum().clamp_min(1e-300)).item()
+    kept = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
+    tails: Tensor = (1.0 - kept).clamp_min(0)
+    tails[-1] = 0.0
+    return tails
+
+
+def _element(spec: MoESpec, recipe: Recipe | None) -> int:
+    """Bytes of one weight, as it is or as the recipe will have it."""
+    named = None if recipe is None else recipe.dtype
+    return getattr(torch, named).itemsize if named else spec.experts.up.element_size()

@@ -15,6 +15,35 @@ from latentize.errors import LatentizeError
 #: (experts factor, top-k factor) of a variant at an integer compression a.
 _VARIANTS = {"acc": (True, True), "eff": (True, False), "fixed": (False, False)}
 
+AUTO: Literal["auto"] = "auto"
+
+
+class Budget(BaseModel):
+    """What `compression: auto` may spend over all blocks: one of three.
+
+    `bytes` and `flops` are shares, above 0 and at most 1, of what the original's routed path takes for one token: bytes
+    of the selected experts' weights, or FLOPs (projections included, once there are any). `max_loss` is how much the
+    model's loss may be predicted to rise, before any healing: nats per position between the predictions of both models,
+    or the relative squared error of the output of a model that gives no class scores.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bytes: Annotated[float, Field(gt=0, le=1)] | None = None
+    flops: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_loss: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("give one of bytes, flops and max_loss")
+        return self
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """The field that is set, and its value."""
+        return next(iter(self.model_dump(exclude_none=True).items()))
+
 
 def _three(value: Any) -> Any:
     """One size as smallest, usual and largest."""
@@ -44,8 +73,9 @@ class EngineProfile(BaseModel):
 class Recipe(BaseModel):
     """How to convert a model.
 
-    `compression` α or `latent_dim` ℓ sets the width. `variant` says what the saving buys: "acc" αN experts and αk
-    active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
+    `compression` α or `latent_dim` ℓ sets the width; `compression` "auto" gives every block its own, within `budget`,
+    and keeps N and k (variant "fixed") unless told otherwise. `variant` says what the saving buys: "acc" αN experts
+    and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
     `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
     the original's. `profiles` are what TensorRT engines take; none for the usual one.
@@ -56,8 +86,9 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    compression: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    compression: Annotated[float, Field(ge=1, allow_inf_nan=False)] | Literal["auto"] = 2.0
     latent_dim: Annotated[int, Field(ge=1)] | None = None
+    budget: Budget | None = None
     variant: Literal["acc", "eff", "fixed"] = "acc"
     experts_factor: Annotated[int, Field(ge=1, le=64)] | None = None
     topk_factor: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -75,6 +106,31 @@ class Recipe(BaseModel):
         except ValidationError as error:
             raise LatentizeError(_explain(error)) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_fixed(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("compression") == AUTO:
+            return {"variant": "fixed", **values}
+        return values
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> Self:
+        if self.compression != AUTO:
+            if self.budget is not None:
+                raise ValueError("budget is what compression: auto spends; set that, or leave the budget out")
+            return self
+        if self.latent_dim is not None:
+            raise ValueError("compression: auto and latent_dim both set the experts' width; give one of them")
+        if self.budget is None:
+            raise ValueError("compression: auto needs a budget: one of bytes, flops and max_loss")
+        if self.budget.max_loss is not None and self.init == "weights":
+            raise ValueError("budget.max_loss is measured on calibration data, which init: weights does not look at")
+        if self.variant == "acc" and self.topk_factor is None:
+            raise ValueError(
+                'compression: auto saves bytes, and variant acc spends them on more experts; use "fixed" or "eff"'
+            )
+        return self
+
     @model_validator(mode="after")
     def _factors_fit(self) -> Self:
         if self.topk_factor is not None and self.experts_factor is not None and self.topk_factor > self.experts_factor:
@@ -89,21 +145,39 @@ class Recipe(BaseModel):
         """The recipe in a YAML file of `field: value` lines."""
         return cls(**read_yaml(path))
 
+    @property
+    def auto(self) -> bool:
+        """Whether every block gets a width of its own."""
+        return self.compression == AUTO
+
     def latent_dim_for(self, hidden_size: int) -> int:
         """Latent width ℓ for a block of width d: d/α rounded up to 128 (d ≥ 1024), 8 (d ≥ 64) or 1."""
         if self.latent_dim is not None:
             return self.latent_dim
-        step = 128 if hidden_size >= 1024 else 8 if hidden_size >= 64 else 1
-        return min(hidden_size, math.ceil(hidden_size / self.compression / step) * step)
+        if self.compression == AUTO:
+            raise LatentizeError("compression: auto has no one width; it is chosen for each block by the plan")
+        return round_width(hidden_size, hidden_size / self.compression)
 
-    def factors_for(self, hidden_size: int) -> tuple[int, int]:
-        """(experts factor, top-k factor) for a block of width d, from the α asked for."""
-        asked = self.compression if self.latent_dim is None else hidden_size / self.latent_dim
+    def factors_for(self, hidden_size: int, latent_dim: int | None = None) -> tuple[int, int]:
+        """(experts factor, top-k factor) for a block of width d, from the α asked for; auto goes by `latent_dim`."""
+        given = latent_dim if self.compression == AUTO else self.latent_dim
+        asked = float(self.compression) if given is None else hidden_size / given
         whole = max(1, math.floor(asked + 1e-9))
         grows, selects_more = _VARIANTS[self.variant]
         experts = self.experts_factor if self.experts_factor is not None else whole if grows else 1
         topk = self.topk_factor if self.topk_factor is not None else whole if selects_more else 1
         return experts, topk
+
+
+def width_step(hidden_size: int) -> int:
+    """What latent widths of a block of width d are multiples of, where latentize chooses them."""
+    return 128 if hidden_size >= 1024 else 8 if hidden_size >= 64 else 1
+
+
+def round_width(hidden_size: int, width: float) -> int:
+    """`width` rounded up to a multiple of the block's step, and at most d."""
+    step = width_step(hidden_size)
+    return min(hidden_size, math.ceil(width / step) * step)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -128,11 +202,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
-    name = ".".join(str(part) for part in problem["loc"])
+    location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, Recipe.model_fields, n=1, cutoff=0.0)
-        return f"recipe: unknown field {name!r}; did you mean {close[0]!r}? Fields: {', '.join(Recipe.model_fields)}"
+        inner = location[0] == "budget" and len(location) > 1
+        fields, name = list((Budget if inner else Recipe).model_fields), location[-1]
+        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+        what = f"field {name!r} of budget" if inner else f"field {name!r}"
+        return f"recipe: unknown {what}; did you mean {close[0]!r}? Fields: {', '.join(fields)}"
+    name = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")
-    if not name:
-        return f"recipe: {message}"
+    if location[:1] == ["compression"]:
+        name, message = "compression", 'Input should be a number of at least 1, or "auto"'
+    if not name or problem["type"] == "value_error":
+        return f"recipe: {f'{name}: ' if name else ''}{message}"
     return f"recipe: {name} = {problem['input']!r} is not accepted: {message[0].lower()}{message[1:]}"

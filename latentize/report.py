@@ -98,8 +98,9 @@ class Plan:
 
     `weight_bytes` are read for one token: its k experts and, after, the two projections, of which `projection_bytes`,
     read once per batch. `dispatch_bytes` cross to and from the experts (2 · k · width); `stored_bytes` are the block's
-    parameters. `predicted_error` is relative, for the start. `spectrum` holds the d singular values that decide ℓ,
-    largest first.
+    parameters. `predicted_error` is relative, for the start, and `predicted_loss` what it adds to the loss: nats per
+    position, or the relative squared error of an output that is not class scores. `spectrum` holds the d singular
+    values that decide ℓ, largest first.
     """
 
     hidden_size: int
@@ -119,6 +120,7 @@ class Plan:
     predicted_error: float | None = None
     spectrum: tuple[float, ...] | None = None
     projection_bytes: int | None = None
+    predicted_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from latentize.heal import HealPlan
 from latentize.heal_job import split_batches
 from latentize.inputs import Batch, observing
 from latentize.load_balance import ExpertLoad, expert_load
+from latentize.outlook import Outlook
 from latentize.progress import Steps
 from latentize.recipe import Recipe
 from latentize.report import OnnxAgreement
@@ -119,23 +120,40 @@ def convert(options: Options) -> None:
             run(job)
 
 
-def inspect(model: str, *, as_json: bool, quiet: bool) -> None:
-    """Print every block of a model.
+def inspect(model: str, *, as_json: bool, quiet: bool, calibrate: bool = False, knee: float | None = None) -> None:
+    """Print every block of a model; with `calibrate`, also what each latent width is predicted to cost it.
 
     Raises:
         NothingToRewriteError: it holds no MoE, or every block was refused.
+        LatentizeError: with `calibrate`, there is no calibration data.
     """
     console, progress = terminal.consoles(quiet=quiet)
     split_model(model)
     steps = Steps(progress)
     with steps.step("load"):
         source = open_model(model)
+    if calibrate and source.calibration is None:
+        raise LatentizeError("--calibrate needs calibration_data() in model.py, which this model does not have; add it")
     with steps.step("inspect"):
-        blocks = api.inspect(source.model, source.args, source.kwargs)
-    if as_json:
-        console.file.write(json.dumps([run_report.block_json(block) for block in blocks], indent=2) + "\n")
-    else:
+        found = conversion.find(source.model, source.args, source.kwargs)
+    blocks = [item.block for item in found]
+    proved = [item for item in found if item.block.status == "moe" and item.block.max_error is not None]
+    if not as_json:
         terminal.print_blocks(console, blocks)
+    outlook = None
+    if calibrate and proved:
+        assert source.calibration is not None
+        with steps.step("calibrate") as progress, conversion.workspace():
+            batches = conversion.batches_of(source.calibration(), source.model)
+            prepared = conversion.prepare(
+                source.model, proved, Recipe(variant="fixed"), batches[:_DRY_BATCHES], sweep=True, progress=progress
+            )
+        outlook = Outlook.of(prepared, knee)
+    if as_json:
+        console.file.write(json.dumps([run_report.block_json(block, outlook) for block in blocks], indent=2) + "\n")
+    elif outlook is not None:
+        terminal.print_outlook(console, outlook)
+        terminal.print_end(console, (), [_seen(batches)], (), "")
     if not any(block.status in ("moe", "latent") for block in blocks):
         raise NothingToRewriteError(_nothing(model, blocks))
 
@@ -148,6 +166,11 @@ def check_request(options: Options) -> None:
         MissingExtraError: a package that an export needs is missing.
     """
     staging.check_target(options.out)
+    if options.recipe.auto and options.checkpoints:
+        raise LatentizeError(
+            f"--export {options.checkpoints[0]}: its architecture has one latent size for all blocks, and compression "
+            "auto gives each its own; give --latent-dim (`latentize inspect MODEL --calibrate` shows what widths cost)"
+        )
     if options.onnx_form != "auto":
         if not options.graphs:
             raise LatentizeError("--onnx-form has no graph to shape; add --export onnx")
@@ -168,18 +191,18 @@ def dry_run(job: Job) -> None:
     """Print the plan, having checked everything that could fail at the end; writes nothing."""
     with job.steps.step("plan") as progress:
         prepared = conversion.prepare(
-            job.source.model, job.survey.selected, job.options.recipe, job.batches[:_DRY_BATCHES], progress=progress
-        )
+            job.source.model, job.survey.selected, job.options.recipe, job.batches[:_DRY_BATCHES], sweep=True,
+            progress=progress,
+        )  # fmt: skip
     run_export.check_checkpoints(job, prepared)
     with tempfile.TemporaryDirectory() as folder:
         run_export.original(job, Path(folder))
     _evaluate(job, job.source.model)
-    terminal.print_plan(job.console, run_report.plans(prepared))
+    terminal.print_plan(job.console, run_report.plans(prepared), run_report.spent(prepared, job.options.recipe))
+    if prepared.forecast.curves:
+        terminal.print_outlook(job.console, Outlook.of(prepared))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
-    seen = (
-        f"{min(len(job.batches), _DRY_BATCHES)} of {len(job.batches)} calibration batches" if job.batches else "no data"
-    )
-    notes = [f"errors are predicted from {seen}", *_plan_warnings(job, prepared), f"would write {job.options.out}"]
+    notes = [_seen(job.batches), *_plan_warnings(job, prepared), f"would write {job.options.out}"]
     terminal.print_end(job.console, (), [*job.warnings, *notes], (), "")
 
 
@@ -198,7 +221,8 @@ def run(job: Job) -> None:
     graph = run_export.original(job, kept.folder)
     before = _evaluate(job, job.source.model)
     prepared, specs = _start(job, kept)
-    terminal.print_plan(job.console, run_report.plans(prepared, specs))
+    spent = run_report.spent(prepared, job.options.recipe)
+    terminal.print_plan(job.console, run_report.plans(prepared, specs), spent)
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     result, evaluation = _heal(job, kept, prepared, specs, before)
     gates: list[Gate] = []
@@ -312,6 +336,11 @@ def _nothing(model: str, blocks: Sequence[Block]) -> str:
         return f"{model}: its blocks are latent already; there is nothing to rewrite"
     more = f"; and {len(refused) - 3} more" if len(refused) > 3 else ""
     return f"{model}: every block was refused: {'; '.join(refused[:3])}{more}"
+
+
+def _seen(batches: Sequence[Batch]) -> str:
+    seen = f"{min(len(batches), _DRY_BATCHES)} of {len(batches)} calibration batches" if batches else "no data"
+    return f"errors are predicted from {seen}"
 
 
 def _plan_warnings(job: Job, prepared: Prepared) -> list[str]:

@@ -15,7 +15,9 @@ from latentize.blocks import Block
 from latentize.conversion import Prepared
 from latentize.errors import MissingExtraError
 from latentize.heal import HealPlan
+from latentize.outlook import Outlook
 from latentize.plan import BlockPlan
+from latentize.recipe import Recipe
 from latentize.report import BlockRecord, Calibration, Environment, File, Model, Plan, Report, Stage
 from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.spec import MoESpec
@@ -43,6 +45,23 @@ def plans(prepared: Prepared, specs: Mapping[str, MoESpec] | None = None) -> dic
         after = _bytes(specs[name]) if specs is not None else _stored_after(plan)
         found[name] = _plan(plan, before, after)
     return found
+
+
+def spent(prepared: Prepared, recipe: Recipe) -> str:
+    """What the budget of `compression: auto` bought, in one line; empty without one."""
+    if recipe.budget is None:
+        return ""
+    plans = prepared.plans.values()
+    expert_bytes = sum(p.expert_bytes_after for p in plans) / sum(p.expert_bytes_before for p in plans)
+    flops = sum(p.flops_after for p in plans) / sum(p.flops_before for p in plans)
+    losses = [plan.predicted_loss for plan in plans]
+    known = [loss for loss in losses if loss is not None]
+    loss = f"{sum(known):.4g}" if len(known) == len(losses) else "unknown"
+    what, limit = recipe.budget.limit
+    return (
+        f"Budget {what} {limit:g}: {100 * expert_bytes:.1f} % of the original's expert bytes for one token and "
+        f"{100 * flops:.1f} % of its routed FLOPs, predicted loss {loss}"
+    )
 
 
 def estimated_bytes(model: nn.Module, prepared: Prepared, options: Options) -> int:
@@ -96,10 +115,19 @@ def show(console: Console, made: Report, out: Path) -> None:
     terminal.print_end(console, made.gates, made.warnings, made.files, str(out))
 
 
-def block_json(block: Block) -> dict[str, Any]:
-    """A block as JSON: sizes and evidence, without its tensors."""
+def block_json(block: Block, outlook: Outlook | None = None) -> dict[str, Any]:
+    """A block as JSON: sizes and evidence, without its tensors; and what widths are predicted to cost it."""
     record = store.encode(BlockRecord.of(block), lambda _path, tensor: list(tensor.shape))
-    return {name: record[name] for name in ("name", "status", "reason", "computes", "sizes", "max_error", "evidence")}
+    names = ("name", "status", "reason", "computes", "sizes", "max_error", "evidence")
+    found = {name: record[name] for name in names}
+    for row in outlook.rows if outlook is not None else ():
+        if row.name == block.name and outlook is not None:
+            curve = row.curve
+            found["predicted"] = {
+                "effective_rank": row.effective_rank, "latent_dims": curve.latent_dims, "errors": curve.errors,
+                "losses": curve.losses, "loss": outlook.loss, "knee": outlook.knee,
+            }  # fmt: skip
+    return found
 
 
 def _plan(plan: BlockPlan, stored_before: int, stored_after: int) -> Plan:
@@ -119,6 +147,7 @@ def _plan(plan: BlockPlan, stored_before: int, stored_after: int) -> Plan:
         flops_before=plan.flops_before,
         flops_after=plan.flops_after,
         predicted_error=plan.predicted_error,
+        predicted_loss=plan.predicted_loss,
         spectrum=plan.spectrum,
         projection_bytes=plan.projection_bytes,
     )

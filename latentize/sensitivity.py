@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from latentize.inputs import Inputs
 from latentize.moe import LatentMoE
+
+#: What half an error's mean square in this metric is: "divergence" of predictions in nats, or a change of the "output".
+LossKind = Literal["divergence", "output"]
 
 
 class Sensitivity:
@@ -27,6 +30,9 @@ class Sensitivity:
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens = 0
         self.failure = ""
+        self.kind: LossKind = "output"
+        self._positions = 0
+        self._energy = 0.0
         self._sums: dict[str, Tensor] = {}
         self._counts = dict.fromkeys(blocks, 0)
 
@@ -60,6 +66,14 @@ class Sensitivity:
         total = self._sums.get(name)
         return None if total is None or not total.trace() > 0 else total / self._counts[name]
 
+    def loss_scale(self, name: str) -> float:
+        """What half of a block's mean eᵀ S e is divided by to give the loss.
+
+        That is nats per position of the model's output, or its squared error relative to its own square.
+        """
+        count = max(1, self._counts[name])
+        return (self._positions if self.kind == "divergence" else 0.5 * self._energy) / count or 1.0
+
     def _gradients(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, list[Tensor]]:
         """Gradients [T, d] in fp64 at the output of each call of each block; blocks with any missing are left out."""
         outputs: dict[str, list[Tensor]] = {name: [] for name in self.blocks}
@@ -79,8 +93,11 @@ class Sensitivity:
 
     def _direction(self, answer: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         """A random direction v of the output, such that E[v vᵀ] is the curvature of the model's own loss."""
+        self._positions += answer.shape[:-1].numel()
+        self._energy += answer.double().square().sum().item()
         if not any(isinstance(t, Tensor) and not t.is_floating_point() for t in inputs):
             return torch.randn(answer.shape, generator=self.generator).to(answer)
+        self.kind = "divergence"
         direction = answer.float().softmax(-1)
         rows = direction.flatten(0, -2)
         labels = torch.multinomial(rows.cpu(), 1, generator=self.generator).to(rows.device)

@@ -19,7 +19,7 @@ from latentize.errors import LatentizeError, ResourceError
 from latentize.inputs import Inputs
 from latentize.moe import LatentMoE
 from latentize.routing import Routing
-from latentize.sensitivity import Sensitivity
+from latentize.sensitivity import LossKind, Sensitivity
 
 #: Called after every batch with (batches done, batches in all or None when the calibration has no length).
 Progress = Callable[[int, int | None], None]
@@ -55,6 +55,8 @@ class BlockStatistics:
     sample: Sample
     warnings: tuple[str, ...] = ()
     sensitivity: Tensor | None = None  # [d, d] see `latentize.sensitivity`; None where gradients were not to be had
+    loss_kind: LossKind = "divergence"
+    loss_scale: float = 1.0  # ½ mean eᵀ S e of an error e of the routed output, over this, is the loss it adds
 
     @property
     def unreached(self) -> list[int]:
@@ -115,7 +117,10 @@ def collect(
 def _with_sensitivity(name: str, result: BlockStatistics, sensitivity: Sensitivity) -> BlockStatistics:
     failure = sensitivity.failure
     warning = (f"{name}: no gradients ({failure}): all output directions count alike",) if failure else ()
-    return replace(result, sensitivity=sensitivity.result(name), warnings=(*result.warnings, *warning))
+    return replace(
+        result, sensitivity=sensitivity.result(name), warnings=(*result.warnings, *warning),
+        loss_kind=sensitivity.kind, loss_scale=sensitivity.loss_scale(name),
+    )  # fmt: skip
 
 
 def _items(calibration: Iterable[Any]) -> Iterable[Any]:

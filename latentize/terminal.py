@@ -11,6 +11,7 @@ from latentize.bench import Latency, Timing
 from latentize.blocks import Block
 from latentize.compare import Evaluation, Gate, OutputAgreement
 from latentize.load_balance import ExpertLoad
+from latentize.outlook import SHOWN, Outlook
 from latentize.report import BlockRecord, File, OnnxAgreement, Plan
 
 
@@ -35,8 +36,8 @@ def print_blocks(console: Console, blocks: Sequence[Block], left: Mapping[str, s
     console.print(table)
 
 
-def print_plan(console: Console, plans: Mapping[str, Plan]) -> None:
-    """What becomes of each block, and what it costs per token before and after."""
+def print_plan(console: Console, plans: Mapping[str, Plan], spent: str = "") -> None:
+    """What becomes of each block, and what it costs per token before and after; `spent` says what a budget bought."""
     table = new_table("Plan", "block", "d → ℓ", "N → N'", "k → k'", "weights/token", "dispatched/token",
                       "FLOPs/token", "stored", "predicted error")  # fmt: skip
     for name, plan in plans.items():
@@ -52,6 +53,27 @@ def print_plan(console: Console, plans: Mapping[str, Plan]) -> None:
             small(plan.predicted_error),
         )
     console.print(table)
+    if spent:
+        console.print(spent)
+
+
+def print_outlook(console: Console, outlook: Outlook) -> None:
+    """What narrower experts are predicted to cost each block, and the model."""
+    heads = [f"α {alpha:.3g}" for alpha in SHOWN]
+    table = new_table("Predicted relative error of each block at its start, by compression", "block", "d",
+                      "effective rank", *heads)  # fmt: skip
+    for row in outlook.rows:
+        cells = (f"ℓ {width}: {small(row.curve.error_at(width))}" for width in map(row.width, SHOWN))
+        table.add_row(row.name, str(row.hidden_size), f"{row.effective_rank:.1f}", *cells)
+    losses = [outlook.loss_at(alpha) for alpha in SHOWN]
+    if outlook.loss is not None and all(loss is not None for loss in losses):
+        table.add_row("predicted loss", "", "", *map(small, losses))
+    console.print(table)
+    if outlook.loss is not None:
+        console.print(f"Loss: {outlook.loss}, all blocks together, before healing")
+    if outlook.bound is not None:
+        found = "no width" if outlook.knee is None else f"ℓ {outlook.knee}"
+        console.print(f"Knee: {found} is the smallest for all blocks whose predicted loss is at most {outlook.bound:g}")
 
 
 def print_errors(console: Console, records: Iterable[BlockRecord]) -> None:

@@ -90,6 +90,19 @@ def test_options_win_over_the_recipe_file(capsys, stub, tmp_path):
     assert stub.options.max_loss == 0.01
 
 
+def test_a_budget_comes_from_the_command_line_or_the_recipe_file(capsys, stub, tmp_path):
+    call(capsys, "model.py", "--compression", "auto", "--budget", "bytes=0.5")
+    assert stub.options.recipe.budget.limit == ("bytes", 0.5)
+    file = tmp_path / "r.yaml"
+    file.write_text("compression: auto\nbudget: {flops: 0.5}\n")
+    for arguments, limit in (((), ("flops", 0.5)), (("--budget", "max_loss=0.1"), ("max_loss", 0.1))):
+        call(capsys, "model.py", "--recipe", file, *arguments)
+        assert stub.options.recipe.budget.limit == limit
+    for arguments in (("--compression", "4"), ("--latent-dim", "8")):
+        call(capsys, "model.py", "--recipe", file, *arguments)
+        assert stub.options.recipe.budget is None
+
+
 @pytest.mark.parametrize(
     ("model", "out"),
     [
@@ -109,6 +122,18 @@ def test_the_default_output_is_named_after_the_model(model, out):
         (["absent.py"], "absent.py: no such file"),
         (["plain.py", "--compression", "0"], "compression = 0.0 is not accepted"),
         (["plain.py", "--compression", "nan"], "compression"),
+        (["plain.py", "--compression", "auto"], "compression: auto needs a budget"),
+        (["plain.py", "--compression", "aut"], "'aut' is not a valid float"),
+        (["plain.py", "--budget", "bytes=0.5"], "budget is what compression: auto spends"),
+        (["plain.py", "--compression", "auto", "--budget", "bytes"], "--budget bytes: give bytes=SHARE"),
+        (["plain.py", "--compression", "auto", "--budget", "byte=0.5"], "did you mean 'bytes'"),
+        (["plain.py", "--compression", "auto", "--budget", "bytes=x"], "budget.bytes = 'x' is not accepted"),
+        (
+            ["plain.py", "--compression", "auto", "--budget", "bytes=0.5", "--export", "nemotron_h"],
+            "--export nemotron_h: its architecture has one latent size",
+        ),
+        (["inspect", "plain.py", "--knee", "0.1"], "--knee is read off what --calibrate predicts"),
+        (["inspect", "plain.py", "--calibrate"], "--calibrate needs calibration_data()"),
         (["plain.py", "--latent-dim", "0"], "latent_dim = 0 is not accepted"),
         (["plain.py", "--compression", "2", "--latent-dim", "8"], "give one of them"),
         (["plain.py", "--variant", "best"], "'best' is not one of"),

@@ -268,3 +268,24 @@ def test_fresh_values_keep_shapes_positions_and_masks():
 
 def _interrupt(*_arguments, **_options):
     raise KeyboardInterrupt
+
+
+def test_inspect_predicts_what_widths_cost_and_finds_the_knee(net, capsys):
+    code, out, _ = call(capsys, "inspect", "net.py", "--calibrate", "--knee", "1e-6")
+    assert code == 0
+    for words in ("effective rank", "α 2", "ℓ 8: 0.", "predicted loss", "Knee: ℓ 16 is the smallest", "6 calibration"):
+        assert words in out, words
+    code, out, _ = call(capsys, "inspect", "net.py", "--calibrate", "--knee", "1e6", "--json")
+    predicted = json.loads(out)[0]["predicted"]
+    assert (predicted["knee"], predicted["latent_dims"][-1], predicted["errors"][-1]) == (1, 16, 0.0)
+    assert predicted["errors"] == sorted(predicted["errors"], reverse=True)
+
+
+def test_a_dry_run_of_auto_shows_the_plan_and_what_the_budget_bought(net, capsys):
+    code, out, err = call(capsys, "net.py", "-o", "out", "--compression", "auto", "--budget", "bytes=0.5", "--dry-run")
+    assert code == 0, err
+    for words in ("16 → 8", "Budget bytes 0.5: 50.0 % of the original's expert bytes", "α 2"):
+        assert words in out, words
+    code, _, err = call(capsys, "net.py", "-o", "out", "--compression", "auto", "--budget", "flops=0.01", "--dry-run")
+    assert code == 2
+    assert "budget.flops = 0.01: the narrowest widths" in err

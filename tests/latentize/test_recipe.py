@@ -1,0 +1,53 @@
+"""`compression: auto` and its budget where a person writes them: what fits together, what does not, in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from latentize.errors import LatentizeError
+from latentize.recipe import Recipe
+
+
+def auto(**values: object) -> Recipe:
+    return Recipe(**{"compression": "auto", "budget": {"bytes": 0.5}, **values})
+
+
+def test_auto_keeps_the_experts_unless_told_otherwise():
+    assert auto().variant == "fixed"
+    assert auto(variant="eff").factors_for(64, 16) == (4, 1)
+    assert auto().factors_for(64, 16) == (1, 1)
+    assert Recipe().variant == "acc"
+
+
+def test_auto_survives_a_yaml_file_and_a_dump(tmp_path):
+    (tmp_path / "r.yaml").write_text("compression: auto\nbudget: {max_loss: 0.02}\n")
+    recipe = Recipe.from_yaml(tmp_path / "r.yaml")
+    assert recipe.budget is not None
+    assert recipe.budget.limit == ("max_loss", 0.02)
+    assert Recipe(**recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"budget": None}, "compression: auto needs a budget: one of bytes, flops and max_loss"),
+        ({"latent_dim": 8}, "compression: auto and latent_dim both set the experts' width"),
+        ({"variant": "acc"}, "compression: auto saves bytes, and variant acc spends them"),
+        ({"compression": 2}, "budget is what compression: auto spends"),
+        ({"budget": {"max_loss": 0.1}, "init": "weights"}, "budget.max_loss is measured on calibration data"),
+        ({"budget": {}}, "budget: give one of bytes, flops and max_loss"),
+        ({"budget": {"bytes": 0.5, "flops": 0.5}}, "budget: give one of"),
+        ({"budget": {"byte": 0.5}}, "unknown field 'byte' of budget; did you mean 'bytes'"),
+        ({"budget": {"bytes": 1.5}}, "budget.bytes = 1.5 is not accepted"),
+        ({"compression": "auot"}, 'compression = \'auot\' is not accepted: input should be a number .*, or "auto"'),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused_in_one_line(values, message):
+    with pytest.raises(LatentizeError, match=message) as caught:
+        auto(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_there_is_no_one_width_to_ask_for():
+    with pytest.raises(LatentizeError, match="chosen for each block"):
+        auto().latent_dim_for(64)
