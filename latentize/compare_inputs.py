@@ -96,8 +96,8 @@ def _parts(batch: Batch) -> tuple[tuple[object, ...], dict[str, object]]:
 
 
 def _too_much(tokens: int, shorter: _Cost | None) -> str:
-    """Why a length is not even tried, given what a shorter one took; "" to try it."""
-    if shorter is None:
+    """Why a length beyond those every model is tried at is not tried, given what a shorter one took; "" to try it."""
+    if shorter is None or tokens <= max(LENGTHS):
         return ""
     ratio = tokens / shorter.tokens
     expected, needed, free = shorter.seconds * ratio**2, shorter.nbytes * ratio, free_memory()
