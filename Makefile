@@ -4,11 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint type gpu-check clean
+.PHONY: demo test test-fast test-slow lint type gpu-check clean
 demo: $(STAMP)  ## install, then convert the trained sample
 	$(BIN)/latentize samples/stdlib_lm.py -o out --export onnx
 
-test: lint type  ## everything but the slow suite
+test: $(STAMP)  ## everything but the slow suite, side by side
+	$(MAKE) --no-print-directory -j3 lint type test-fast
+
+test-fast: $(STAMP)  ## the ordinary tests alone
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-slow: $(STAMP)  ## the slow suite alone
