@@ -25,7 +25,7 @@ from latentize.passes.scan import CLIMB, Scan, scan, untouched
 from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
-from latentize.passes.trial import Trial, lift_module, named_state
+from latentize.passes.trial import Trial, lift_module, mixtures_in, named_state
 from latentize.passes.unreadable import unreadable
 from latentize.passes.verify import EMPTY, Candidate, difference, run_double, verify
 from latentize.spec import MoESpec
@@ -65,11 +65,14 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[object, ...]] = set()
-    with untouched(model), _threads(model):
+    with untouched(model), _threads(model), _cheap_collections():
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
                 if item.site is None or all(item.site != other.site for items in found.values() for other in items):
                     found.setdefault(item.block.name, []).append(item)
+        for holder, inner in seen.mixtures.items():
+            for item in _mixtures(seen, holder, inner):
+                found.setdefault(item.block.name, []).append(item)
         kept = [item for name, items in found.items() for item in _best(name, items)]
         return _hold_together(model, Inputs("", args, dict(kwargs)), kept)
 
@@ -108,6 +111,19 @@ def _threads(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Garbage collections inside look at new objects only; imported libraries have millions of old ones."""
+    alone = gc.get_freeze_count() == 0
+    if alone:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if alone:
+            gc.unfreeze()
 
 
 def _accepted(model: nn.Module, inputs: list[Inputs]) -> Iterator[Inputs]:
@@ -156,8 +172,9 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             inner = None
         if (path, id(module), inner) in done:
             return
+        settled = False
         try:
-            items = list(_in_module(module, path, Prober(seen.calls[path]), inner))
+            items, settled = _in_module(module, path, Prober(seen.calls[path]), inner)
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
@@ -172,8 +189,25 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             return
         if items and (refused is None or _is_vague(refused)):
             refused = items[0].block
+        if settled and not items:
+            return
     if refused is not None:
         yield Found(refused)
+
+
+def _mixtures(seen: Scan, holder: str, inner: list[str]) -> Iterator[Found]:
+    """What weighs experts without selecting any, as refused blocks: in the module that holds them, or around it."""
+    for path in dict.fromkeys((holder, holder.rpartition(".")[0])):
+        relative = [i.removeprefix(path).lstrip(".") if path else i for i in inner]
+        try:
+            reasons = mixtures_in(seen.calls[path].module, Prober(seen.calls[path]), relative)
+        except Exception:  # a module that cannot be read
+            _log.debug("analysing %r failed", path, exc_info=True)
+            reasons = []
+        gc.collect()
+        yield from (Found(_refused(path or ".", reason)) for reason in dict.fromkeys(reasons))
+        if reasons:
+            return
 
 
 def _is_vague(block: Block) -> bool:
@@ -181,13 +215,15 @@ def _is_vague(block: Block) -> bool:
     return block.reason.startswith("a selection by a router was found, but no experts")
 
 
-def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) -> Iterator[Found]:
-    """The blocks of one module whose selection happens in its submodule `inner`; None: anywhere."""
-    lifts, reasons = lift_module(module, prober, inner)
-    for item in lifts:
-        yield _prove(module, path, prober, item)
-    for reason in dict.fromkeys(reasons):
-        yield Found(_refused(path or ".", reason))
+def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) -> tuple[list[Found], bool]:
+    """The blocks of one module whose selection happens in its submodule `inner` (None: anywhere).
+
+    Also whether no module around it need be looked at.
+    """
+    lifts = lift_module(module, prober, inner)
+    found = [_prove(module, path, prober, item) for item in lifts.found]
+    found += [Found(_refused(path or ".", reason)) for reason in dict.fromkeys(lifts.reasons)]
+    return found, lifts.settled
 
 
 def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:

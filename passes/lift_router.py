@@ -14,7 +14,7 @@ from torch import Tensor
 from latentize.passes import graph
 from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
-from latentize.passes.heads import Head
+from latentize.passes.head import Head
 from latentize.routing import normalize, score, selection_scores
 from latentize.spec import Groups, RouterSpec
 

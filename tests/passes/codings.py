@@ -19,9 +19,8 @@ _ALL: dict[str, type[Coding]] = {
     **codings_storage.MOES, **codings_routing.MOES, **codings_dispatch.MOES, **codings_around.MOES,
     **codings_near.MOES, **codings_strangers.MOES,
 }  # fmt: skip
-#: Standard MoEs that are refused today, and never lifted wrongly: loops that no capture can follow, all weights of an
-#: expert in one row of a table, a router that is no one matrix product.
-REFUSED_TODAY = frozenset({"SplitRouter", "SumProductRouter", "TableExperts", "TokenLoop"})
+#: Standard MoEs that are refused today, and never lifted wrongly.
+REFUSED_TODAY = frozenset({"TokenLoop"})
 MOES = {name: case for name, case in _ALL.items() if name not in REFUSED_TODAY}
 NOT_MOES: dict[str, type[Coding]] = {
     **codings_refused.NOT_MOES, **codings_near.NOT_MOES, **codings_strangers.NOT_MOES,
