@@ -16,6 +16,8 @@ from torch import fx, nn
 from latentize.blocks import Block
 from latentize.moe import LatentMoE
 from latentize.passes import graph
+from latentize.passes.cut import verify_cut
+from latentize.passes.double import in_double
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
@@ -34,7 +36,9 @@ _log = logging.getLogger(__name__)
 
 #: Relative error of a whole model's outputs; rounding and ties may have grown through its layers.
 TOGETHER = 2e-2
-#: Parameters of a model that is analysed on one thread.
+#: The same in fp64, where nothing but the rounding of weights that are computed from others grows.
+TOGETHER_DOUBLE = 1e-4
+#: Parameters of a model that is analysed on one thread, and compared as a whole in fp64.
 SMALL = 50_000_000
 
 
@@ -92,7 +96,7 @@ def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list
     try:
         whole = replace_at(model, places, blocks, templates=templates)
         error = max(difference(model, whole, item) for item in tried)
-        if error <= TOGETHER:
+        if error <= TOGETHER and (not _is_small(model) or _hold_in_double(model, places, blocks, templates, tried)):
             return found
         reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
     except Exception as error:  # a captured graph may hold for some sizes only
@@ -101,11 +105,31 @@ def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list
     return [Found(_refused(i.block.name, reason)) if i.block.status == "moe" else i for i in found]
 
 
+def _hold_in_double(
+    model: nn.Module,
+    places: Mapping[str, Site],
+    blocks: Mapping[str, LatentMoE],
+    templates: Mapping[str, fx.GraphModule],
+    tried: list[Inputs],
+) -> bool:
+    """Whether the rewritten model still computes the same when both are run in fp64."""
+    if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
+        return True
+    double = in_double(model)
+    wide = {name: LatentMoE(block.spec.to(torch.float64)) for name, block in blocks.items()}
+    whole = replace_at(double, places, wide, templates=templates)
+    return max(difference(double, whole, item) for item in tried) <= TOGETHER_DOUBLE
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) < SMALL
+
+
 @contextlib.contextmanager
 def _threads(model: nn.Module) -> Iterator[None]:
     """One thread for small models: their products are shorter than the wait for a second one."""
     before = torch.get_num_threads()
-    if sum(p.numel() for p in model.parameters()) < SMALL:
+    if _is_small(model):
         torch.set_num_threads(1)
     try:
         yield
@@ -248,6 +272,9 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         try:
             with quiet():
                 probes, reason = verify(candidate, item.randomised, prober)
+                if not reason and isinstance(site, GraphSite) and prober.hidden is None:
+                    more, reason = verify_cut(candidate, item.randomised, binding, prober.seen())
+                    probes += more
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
             continue
