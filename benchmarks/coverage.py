@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import multiprocessing
 import re
@@ -151,6 +152,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    importlib.import_module("transformers.modeling_utils")  # loaded once, not in every family's process
+    importlib.import_module("torch._dynamo")
     rows = []
     families = [f for f in hf.FAMILIES if re.search(options.only, f)]
     pool = multiprocessing.get_context("fork").Pool(1, _limit_memory, maxtasksperchild=1)

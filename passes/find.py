@@ -69,7 +69,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[object, ...]] = set()
-    with untouched(model), _threads(model), _cheap_collections():
+    with untouched(model), _threads(model), _cheap_collections(), _device(model):
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
                 if item.site is None or all(item.site != other.site for items in found.values() for other in items):
@@ -119,6 +119,12 @@ def _hold_in_double(
     wide = {name: LatentMoE(block.spec.to(torch.float64)) for name, block in blocks.items()}
     whole = replace_at(double, places, wide, templates=templates)
     return max(difference(double, whole, item) for item in tried) <= TOGETHER_DOUBLE
+
+
+def _device(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """New tensors come to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return contextlib.nullcontext() if device.type == "cpu" else device
 
 
 def _is_small(model: nn.Module) -> bool:

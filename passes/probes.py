@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,7 +107,7 @@ class Prober:
     def _laid(self, name: str, values: Tensor) -> Inputs:
         """The call with hidden states whose width is the last axis here."""
         assert self.hidden is not None
-        return self.with_hidden(name, values.movedim(-1, self.channels).to(self.hidden.dtype).contiguous())
+        return self.with_hidden(name, values.movedim(-1, self.channels).to(self.hidden).contiguous())
 
     def seen(self) -> Inputs:
         """The call as it was seen; of long hidden states the first tokens."""
@@ -140,9 +141,9 @@ class Prober:
         generator = torch.Generator().manual_seed(seed)
         shape = _shape(self._last(like), batch, tokens)
         size = loudness * (float(like.double().square().mean().sqrt()) or 1.0)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * size
+        values = _normal(shape, generator) * size
         if spread:
-            drawn = torch.rand((*shape[:-1], 1), generator=generator, dtype=torch.float64)
+            drawn = torch.rand((*shape[:-1], 1), generator=generator, dtype=torch.float64, device="cpu")
             values = values * torch.exp(spread * (2 * drawn - 0.7))
         return self._laid(name, values)
 
@@ -154,9 +155,7 @@ class Prober:
         generator = torch.Generator().manual_seed(seed)
         size = float(like.double().square().mean().sqrt()) or 1.0
         unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12) * directions.shape[1] ** 0.5
-        rows = torch.cat(
-            [unit + 0.3 * torch.randn(unit.shape, generator=generator, dtype=torch.float64) for _ in range(4)]
-        )
+        rows = torch.cat([unit.cpu() + 0.3 * _normal(unit.shape, generator) for _ in range(4)])
         rows = rows * size
         shape = (1, *rows.shape) if like.dim() == 3 else rows.shape
         return self._laid(name, rows.reshape(shape))
@@ -196,14 +195,22 @@ class Prober:
         found = [self.random("one token", 1, 1, MANY), self.random("batch of 3 × 11", 3, 11, MANY)]
         return [inputs for inputs in found if inputs is not None] or list(self._resized())
 
-    def _resized(self) -> Iterator[Inputs]:
-        """The call with fewer and with more tokens and sequences, wherever its arguments have an axis of them."""
+    def longer(self, tokens: int) -> list[Inputs]:
+        """The call with more tokens than it was seen with, shaken; empty where its arguments have no axis of them."""
+        found = list(self._resized(((2, tokens // 2), (1, tokens))))
+        return [shaken for item in found for shaken in itertools.islice(Prober(self._as(item))._shaken(tokens), 1)]
+
+    def _as(self, inputs: Inputs) -> ModuleCall:
+        return ModuleCall(self.call.path, self.call.module, inputs.args, inputs.kwargs)
+
+    def _resized(self, sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 7), (3, 11))) -> Iterator[Inputs]:
+        """The call with other numbers of sequences and tokens, wherever its arguments have an axis of them."""
         main = max(self._given.tensors(), key=lambda t: (t.dim() in (2, 3), t.numel()), default=None)
         if main is None or main.dim() < 2:
             return
         width = main.shape[-1] if main.is_floating_point() else 0
         batch, tokens = (main.shape[0], main.shape[1]) if main.dim() > 2 or _is_ids(main) else (0, main.shape[0])
-        for few, many in ((1, 1), (1, 7), (3, 11)):
+        for few, many in sizes:
             places = {tokens: torch.arange(many) * 7 % max(1, tokens), batch: torch.arange(few) % max(1, batch)}
             gather = functools.partial(_gathered, places=places, width=width)
             args, kwargs = pytree.tree_map(gather, (self.call.args, self.call.kwargs))
@@ -251,6 +258,11 @@ def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:
     return tuple(like.shape)
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers in fp64, drawn on the CPU whatever the default device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def _is_ids(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.int32)
 
@@ -271,10 +283,11 @@ def _shake(item: Any, noise: float, factor: float, generator: torch.Generator) -
     if not isinstance(item, Tensor) or item.numel() < 2:
         return item
     if _is_ids(item):
-        return item.reshape(-1)[torch.randperm(item.numel(), generator=generator).to(item.device)].view(item.shape)
+        order = torch.randperm(item.numel(), generator=generator, device="cpu")
+        return item.reshape(-1)[order.to(item.device)].view(item.shape)
     if not item.is_floating_point():
         return item
     plain = item.detach().double().abs() < HUGE
     size = float(item.detach().double()[plain].square().mean().sqrt()) if bool(plain.any()) else 0.0
-    drawn = torch.randn(item.shape, generator=generator, dtype=torch.float64).to(item.device)
+    drawn = _normal(item.shape, generator).to(item.device)
     return torch.where(plain, factor * item.detach().double() + noise * size * drawn, item).to(item.dtype)

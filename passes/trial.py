@@ -21,6 +21,7 @@ from latentize.passes.lift_router import has_idle_experts
 from latentize.passes.mixtures import find_mixtures
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.scan import holds_experts
+from latentize.passes.verify import run_double
 
 #: Tokens of the run that a lift is made on.
 TOKENS = 48
@@ -165,6 +166,8 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
     few = prober.random("lift", 2, TOKENS // 2, SEED, spread=1.0)
     if few is None:
         yield prober.seen()
+        if has_idle_experts(head):
+            yield from (i for i in prober.longer(6 * head.num_experts) if _runs(module, i))
         return
     yield few
     weight = head.weight.tensor(head.recording, dict(named_state(module))).detach().double()
@@ -174,6 +177,15 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
     many = prober.random("lift", 2, min(2048, 6 * head.num_experts), SEED, spread=1.0)
     if many is not None:
         yield many
+
+
+def _runs(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether a module takes some inputs."""
+    try:
+        run_double(module, inputs)
+    except Exception:  # sizes that it does not take
+        return False
+    return True
 
 
 def _heads(recording: Recording, innermost: str | None) -> tuple[list[Head], list[Note]]:
@@ -234,5 +246,5 @@ def randomise(module: nn.Module, which: set[str], seed: int) -> None:
         size = float(tensor.double().square().mean().sqrt())
         floor = tensor.shape[-1] ** -0.5 if tensor.dim() >= 2 else 0.1
         scale = size if size > 1e-2 * floor else floor
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.add_((0.5 * scale * noise).to(tensor.dtype))
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+        tensor.add_((0.5 * scale * noise).to(tensor))

@@ -346,8 +346,8 @@ class Int8Stored(Stacked):
             self.register_buffer(f"{name}_scale", scale)
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        names = ("a", "b", "c")
-        return tuple(getattr(self, f"{n}_int").to(getattr(self, f"{n}_scale")) * getattr(self, f"{n}_scale") for n in names)
+        pairs = [(getattr(self, f"{n}_int"), getattr(self, f"{n}_scale")) for n in ("a", "b", "c")]
+        return tuple(whole.to(scale.dtype) * scale for whole, scale in pairs)
 
     def dense(self, x: Tensor, combine: Tensor) -> Tensor:
         a, b, c = self.weights()
