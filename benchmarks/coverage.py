@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import logging
 import multiprocessing
 import re
@@ -76,14 +77,14 @@ def count_layers(family: str, model: nn.Module) -> int:
 @torch.no_grad()
 def look_at(family: str) -> Row:
     """Inspect, convert and compare one family."""
-    start, layers = time.perf_counter(), 0
+    start, layers = time.process_time(), 0
     try:
         make = functools.partial(hf.build, family)
         model = make()
         layers = count_layers(family, model)
-        start = time.perf_counter()
+        start = time.process_time()
         blocks = latentize.inspect(model, args=(), kwargs=hf.inputs(model))
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         lifted = [b for b in blocks if b.status == "moe"]
         reasons = list(dict.fromkeys(b.reason for b in blocks if b.status == "refused"))
         if not lifted:
@@ -96,7 +97,7 @@ def look_at(family: str) -> Row:
         return Row(family, verdict, layers, len(lifted), error, seconds, note)
     except Exception as error:
         note = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        return Row(family, "error", layers, 0, None, time.perf_counter() - start, note)
+        return Row(family, "error", layers, 0, None, time.process_time() - start, note)
 
 
 def _rewrite_error(model: nn.Module, hidden_size: int) -> float:
@@ -123,8 +124,8 @@ def table(rows: list[Row]) -> str:
         f"transformers {transformers.__version__} and torch {torch.__version__}: {len(rows)} tiny random models, "
         + ", ".join(f"{n} {v}" for v, n in counts.items())
         + ". The error is the relative difference of the whole model's output, in fp32, after every block was "
-        "rewritten at full width with twice the experts and twice the active ones, on fresh inputs. Times are those of "
-        "`inspect`.",
+        "rewritten at full width with twice the experts and twice the active ones, on fresh inputs. Seconds are "
+        "those of `inspect` on one thread, in CPU time.",
         "",
         "| family | | blocks | error | seconds | what it computes, or why not |",
         "|---|---|---|---|---|---|",
@@ -151,6 +152,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    importlib.import_module("transformers.modeling_utils")  # loaded once, not in every family's process
+    importlib.import_module("torch._dynamo")
     rows = []
     families = [f for f in hf.FAMILIES if re.search(options.only, f)]
     pool = multiprocessing.get_context("fork").Pool(1, _limit_memory, maxtasksperchild=1)

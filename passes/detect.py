@@ -4,14 +4,15 @@ constant tensors in between. Structure and data flow only."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from latentize.passes import graph
+from latentize.passes import graph, tables
 from latentize.passes.capture import Call, Value
-from latentize.passes.heads import PICKS, Head
+from latentize.passes.head import Head
+from latentize.passes.heads import PICKS
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Leaf:
     calls: tuple[Call, ...]
     values: tuple[Value, ...]  # `value` and others computed from the same tensors in the same way
     part: tuple[int, int, int] | None = None  # axis, start and length, when the region uses no more of it
+    carriers: tuple[Value, ...] = ()  # values that hold this part where it meets activations; empty: all that do
 
     @property
     def shape(self) -> torch.Size:
@@ -150,17 +152,21 @@ def _build(head: Head, hidden: Value, output: Value, rest: list[Value], inside: 
         if alone and small and not any(_meets_hidden(c, fed) for c in users):
             routing.append(leaf)
         else:
-            leaves += _parts(leaf, head, inside)
+            leaves += _parts(leaf, head, inside, set(calls), fed)
     return Region(
         head, hidden, output, rest, width, leaves, routing, calls, fed,
         output_channels_first=_channels_first(output, width), hidden_channels_first=_channels_first(hidden, width),
     )  # fmt: skip
 
 
-def _parts(leaf: Leaf, head: Head, inside: set[Value]) -> list[Leaf]:
-    """The leaf, or, where it makes the router's logits too, each run of rows that the region uses of it."""
+def _parts(leaf: Leaf, head: Head, inside: set[Value], calls: set[Call], fed: set[Value]) -> list[Leaf]:
+    """The leaf; where it makes the router's logits too, each run of rows that the region uses of it; or, where parts
+    of it are looked up together and go different ways, those parts."""
     product = head.projection.call.outputs[0]
-    if leaf.value is not head.projection.weight or product.shape[-1] == head.num_experts:
+    if leaf.value is not head.projection.weight:
+        parts = tables.cut(leaf.value, calls, fed) if len(leaf.values) == 1 else []
+        return [replace(leaf, part=span, carriers=values) for span, values in parts] or [leaf]
+    if product.shape[-1] == head.num_experts:
         return [leaf]
     picked: list[Value] = []
     for call in graph.users_through_reshapes(product):

@@ -16,6 +16,8 @@ from torch import fx, nn
 from latentize.blocks import Block
 from latentize.moe import LatentMoE
 from latentize.passes import graph
+from latentize.passes.cut import verify_cut
+from latentize.passes.double import in_double
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
@@ -25,7 +27,7 @@ from latentize.passes.scan import CLIMB, Scan, scan, untouched
 from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
-from latentize.passes.trial import Trial, lift_module, named_state
+from latentize.passes.trial import Trial, lift_module, mixtures_in, named_state
 from latentize.passes.unreadable import unreadable
 from latentize.passes.verify import EMPTY, Candidate, difference, run_double, verify
 from latentize.spec import MoESpec
@@ -34,7 +36,9 @@ _log = logging.getLogger(__name__)
 
 #: Relative error of a whole model's outputs; rounding and ties may have grown through its layers.
 TOGETHER = 2e-2
-#: Parameters of a model that is analysed on one thread.
+#: The same in fp64, where nothing but the rounding of weights that are computed from others grows.
+TOGETHER_DOUBLE = 1e-4
+#: Parameters of a model that is analysed on one thread, and compared as a whole in fp64.
 SMALL = 50_000_000
 
 
@@ -65,11 +69,14 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[object, ...]] = set()
-    with untouched(model), _threads(model):
+    with untouched(model), _threads(model), _cheap_collections(), _device(model):
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
                 if item.site is None or all(item.site != other.site for items in found.values() for other in items):
                     found.setdefault(item.block.name, []).append(item)
+        for holder, inner in seen.mixtures.items():
+            for item in _mixtures(seen, holder, inner):
+                found.setdefault(item.block.name, []).append(item)
         kept = [item for name, items in found.items() for item in _best(name, items)]
         return _hold_together(model, Inputs("", args, dict(kwargs)), kept)
 
@@ -89,7 +96,7 @@ def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list
     try:
         whole = replace_at(model, places, blocks, templates=templates)
         error = max(difference(model, whole, item) for item in tried)
-        if error <= TOGETHER:
+        if error <= TOGETHER and (not _is_small(model) or _hold_in_double(model, places, blocks, templates, tried)):
             return found
         reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
     except Exception as error:  # a captured graph may hold for some sizes only
@@ -98,16 +105,55 @@ def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list
     return [Found(_refused(i.block.name, reason)) if i.block.status == "moe" else i for i in found]
 
 
+def _hold_in_double(
+    model: nn.Module,
+    places: Mapping[str, Site],
+    blocks: Mapping[str, LatentMoE],
+    templates: Mapping[str, fx.GraphModule],
+    tried: list[Inputs],
+) -> bool:
+    """Whether the rewritten model still computes the same when both are run in fp64."""
+    if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
+        return True
+    double = in_double(model)
+    wide = {name: LatentMoE(block.spec.to(torch.float64)) for name, block in blocks.items()}
+    whole = replace_at(double, places, wide, templates=templates)
+    return max(difference(double, whole, item) for item in tried) <= TOGETHER_DOUBLE
+
+
+def _device(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """New tensors come to the model's device."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return contextlib.nullcontext() if device.type == "cpu" else device
+
+
+def _is_small(model: nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) < SMALL
+
+
 @contextlib.contextmanager
 def _threads(model: nn.Module) -> Iterator[None]:
     """One thread for small models: their products are shorter than the wait for a second one."""
     before = torch.get_num_threads()
-    if sum(p.numel() for p in model.parameters()) < SMALL:
+    if _is_small(model):
         torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Garbage collections inside look at new objects only; imported libraries have millions of old ones."""
+    alone = gc.get_freeze_count() == 0
+    if alone:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if alone:
+            gc.unfreeze()
 
 
 def _accepted(model: nn.Module, inputs: list[Inputs]) -> Iterator[Inputs]:
@@ -156,8 +202,9 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             inner = None
         if (path, id(module), inner) in done:
             return
+        settled = False
         try:
-            items = list(_in_module(module, path, Prober(seen.calls[path]), inner))
+            items, settled = _in_module(module, path, Prober(seen.calls[path]), inner)
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
@@ -172,8 +219,25 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             return
         if items and (refused is None or _is_vague(refused)):
             refused = items[0].block
+        if settled and not items:
+            return
     if refused is not None:
         yield Found(refused)
+
+
+def _mixtures(seen: Scan, holder: str, inner: list[str]) -> Iterator[Found]:
+    """What weighs experts without selecting any, as refused blocks: in the module that holds them, or around it."""
+    for path in dict.fromkeys((holder, holder.rpartition(".")[0])):
+        relative = [i.removeprefix(path).lstrip(".") if path else i for i in inner]
+        try:
+            reasons = mixtures_in(seen.calls[path].module, Prober(seen.calls[path]), relative)
+        except Exception:  # a module that cannot be read
+            _log.debug("analysing %r failed", path, exc_info=True)
+            reasons = []
+        gc.collect()
+        yield from (Found(_refused(path or ".", reason)) for reason in dict.fromkeys(reasons))
+        if reasons:
+            return
 
 
 def _is_vague(block: Block) -> bool:
@@ -181,13 +245,15 @@ def _is_vague(block: Block) -> bool:
     return block.reason.startswith("a selection by a router was found, but no experts")
 
 
-def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) -> Iterator[Found]:
-    """The blocks of one module whose selection happens in its submodule `inner`; None: anywhere."""
-    lifts, reasons = lift_module(module, prober, inner)
-    for item in lifts:
-        yield _prove(module, path, prober, item)
-    for reason in dict.fromkeys(reasons):
-        yield Found(_refused(path or ".", reason))
+def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) -> tuple[list[Found], bool]:
+    """The blocks of one module whose selection happens in its submodule `inner` (None: anywhere).
+
+    Also whether no module around it need be looked at.
+    """
+    lifts = lift_module(module, prober, inner)
+    found = [_prove(module, path, prober, item) for item in lifts.found]
+    found += [Found(_refused(path or ".", reason)) for reason in dict.fromkeys(lifts.reasons)]
+    return found, lifts.settled
 
 
 def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
@@ -212,6 +278,9 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         try:
             with quiet():
                 probes, reason = verify(candidate, item.randomised, prober)
+                if not reason and isinstance(site, GraphSite) and prober.hidden is None:
+                    more, reason = verify_cut(candidate, item.randomised, binding, prober.seen())
+                    probes += more
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")
             continue

@@ -178,6 +178,8 @@ def numbers(call: Call) -> list[float]:
 
 def projection(call: Call) -> Projection | None:
     """The call as a projection of activations by a constant matrix, if it is one."""
+    if call.name == "sum":
+        return _summed_product(call)
     if call.name not in CONTRACTIONS:
         return None
     operands = [v for v in call.inputs if v.tensor.is_floating_point()]
@@ -195,10 +197,22 @@ def projection(call: Call) -> Projection | None:
     return Projection(call, active[0], constant[0], bias)
 
 
-def nearest_projections(value: Value) -> tuple[set[Call], bool]:
-    """Projections behind `value` with no contraction between, and whether a product of two activations was met."""
+def _summed_product(call: Call) -> Projection | None:
+    """A sum of elementwise products of activations with a constant matrix, if the call is one."""
+    made = call.inputs[0].call if call.inputs else None
+    if made is None or made.name != "mul" or len(made.inputs) != 2:
+        return None
+    constant = [v for v in made.inputs if v.const]
+    active = [v for v in made.inputs if not v.const]
+    if len(constant) != 1 or sum(size > 1 for size in constant[0].shape) < 2:
+        return None
+    return Projection(call, active[0], constant[0], None) if active[0].tensor.is_floating_point() else None
+
+
+def nearest_projections(value: Value) -> tuple[set[Call], set[Call]]:
+    """Projections behind `value` with no contraction between, and the products of activations that were met."""
     found: set[Call] = set()
-    mixing = False
+    mixing: set[Call] = set()
     seen = {value}
     stack = [value]
     while stack:
@@ -206,11 +220,11 @@ def nearest_projections(value: Value) -> tuple[set[Call], bool]:
         call = item.call
         if call is None or item.const or call.name in FACTORIES:
             continue
+        if projection(call) is not None:
+            found.add(call)
+            continue
         if call.name in CONTRACTIONS:
-            if projection(call) is None:
-                mixing = True
-            else:
-                found.add(call)
+            mixing.add(call)
             continue
         for source in call.inputs:
             if source not in seen:

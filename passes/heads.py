@@ -1,145 +1,23 @@
-"""Find the routers of a recording: projections of hidden states whose output decides a selection.
-
-A router's logits are the last value that is still affine in its hidden states before anything is selected or scored:
-the projection's own output, or some of its rows, turned, or scaled by a temperature. Their weight and bias are read
-off by sending the unit vectors through those calls again.
-"""
+"""Find the routers of a recording: projections of hidden states whose output decides a selection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from latentize.passes import graph
-from latentize.passes.bound import Bound
 from latentize.passes.capture import Call, Recording, Value
+from latentize.passes.head import Head, weight_first
 
-#: Relative error below which logits are taken to be affine in the hidden states.
-AFFINE = 1e-5
 #: Calls that scale or shift.
 _SCALES = frozenset({"mul", "div", "add", "sub", "neg"})
 #: Calls that pick some of the rows.
 PICKS = frozenset({"slice", "narrow", "split", "split_with_sizes", "chunk", "index_select", "select", "unbind"})
 #: Calls at the end of a chain that are left to what follows.
 _TRAILING = graph.RESHAPES | graph.TURNS | {"add", "sub"}
-
-
-@dataclass(eq=False)
-class Head:
-    """A router: a projection of hidden states whose output decides a selection."""
-
-    recording: Recording
-    projection: graph.Projection
-    logits: Value
-    selections: list[Call]
-    dependent: set[Value]  # everything that depends on the logits
-    axis: int  # the experts' axis of the logits
-    chain: tuple[Call, ...] = ()  # from the hidden states to the logits; empty when the projection makes them
-
-    @property
-    def num_experts(self) -> int:
-        """Number of logits N a token has."""
-        return self.logits.shape[self.axis]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens T in the recorded run."""
-        return self.logits.tensor.numel() // self.num_experts
-
-    @property
-    def experts_last(self) -> bool:
-        """Whether the logits have the experts on their last axis."""
-        return self.axis in (-1, self.logits.tensor.dim() - 1)
-
-    def logit_rows(self) -> Tensor:
-        """Logits [T, N] of the recorded run."""
-        return self.logits.tensor.movedim(self.axis, -1).reshape(self.tokens, self.num_experts)
-
-    def router_input_rows(self) -> Tensor:
-        """Hidden states [T, d] that the router read."""
-        first = self.projection.call.name == "convolution"
-        return graph.rows(self.projection.activation.tensor, self.tokens, channels_first=first)
-
-    def constants(self) -> list[Value]:
-        """The constants that the logits are made with."""
-        if not self.chain:
-            bias = self.projection.bias
-            return [self.projection.weight, *([] if bias is None else [bias])]
-        return list(dict.fromkeys(v for call in self.chain for v in call.inputs if v.const))
-
-    @property
-    def weight(self) -> Bound:
-        """The router's weight [N, d]."""
-        if self.chain:
-            return Bound(tuple(self.constants()), lambda tensors: self._affine(tensors)[0])
-        return Bound((self.projection.weight,), lambda tensors: self._as_rows(tensors[0]))
-
-    @property
-    def bias(self) -> Bound | None:
-        """The bias [N] that the logits contain."""
-        if self.chain:
-            if not bool(self._affine([v.tensor for v in self.constants()])[1].count_nonzero()):
-                return None
-            return Bound(tuple(self.constants()), lambda tensors: self._affine(tensors)[1])
-        if self.projection.bias is None:
-            return None
-        return Bound((self.projection.bias,), lambda tensors: tensors[0].reshape(self.num_experts))
-
-    def _as_rows(self, constant: Tensor) -> Tensor:
-        """The constant operand of the projection as [N, d]."""
-        n = self.num_experts
-        if self.projection.call.name in {"linear", "convolution", "mv", "addmv"}:
-            return constant.reshape(n, -1)
-        matrix = constant.reshape(constant.shape[-2:]) if constant.dim() > 2 else constant
-        return matrix.T if matrix.shape[-1] == n and not _weight_first(self.projection) else matrix
-
-    def _affine(self, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Weight [N, d] and bias [N] of the chain with these constants, in the dtype of the projection's weight."""
-        constants = dict(zip(self.constants(), tensors, strict=True))
-        source = self.projection.activation
-        like = graph.rows(source.tensor, self.tokens)
-        width = like.shape[1]
-        unit = torch.eye(width, dtype=torch.float64)
-        parts = []
-        for rows in (torch.zeros(1, width, dtype=torch.float64), *unit.split(self.tokens)):
-            padded = torch.zeros(like.shape, dtype=torch.float64)
-            padded[: len(rows)] = rows
-            parts.append(self._replay(padded.reshape(source.shape), constants)[: len(rows)])
-        bias = parts[0][0]
-        weight = (torch.cat(parts[1:]) - bias).T
-        dtype = constants[self.projection.weight].dtype
-        return weight.to(dtype).contiguous(), bias.to(dtype)
-
-    def _replay(self, hidden: Tensor, constants: Mapping[Value, Tensor]) -> Tensor:
-        """Logits [T, N] of other hidden states, in fp64."""
-        known: dict[Value, Tensor] = {v: t.detach().double() for v, t in constants.items()}
-        known[self.projection.activation] = hidden
-        for call in self.chain:
-            if call.name == "_to_copy":
-                known[call.outputs[0]] = known[call.inputs[0]]
-                continue
-            args, kwargs = pytree.tree_map(lambda a: known[a] if isinstance(a, Value) else a, (call.args, call.kwargs))
-            result = [t for t in pytree.tree_leaves(call.op(*args, **kwargs)) if isinstance(t, Tensor)]
-            known.update(zip(call.outputs, result, strict=True))
-        return known[self.logits].movedim(self.axis, -1).reshape(self.tokens, self.num_experts)
-
-    def _holds(self) -> bool:
-        """Whether the logits really are affine in the hidden states of the recorded run."""
-        try:
-            weight, bias = self._affine([v.tensor for v in self.constants()])
-        except (RuntimeError, KeyError, ValueError):
-            return False
-        hidden = self.router_input_rows()
-        if hidden.shape[1] != weight.shape[1]:
-            return False
-        wanted = self.logit_rows().double()
-        error = (hidden.double() @ weight.double().T + bias.double() - wanted).norm()
-        return bool(error <= AFFINE * wanted.norm())
 
 
 @dataclass(frozen=True)
@@ -149,31 +27,39 @@ class Note:
     call: Call
     reason: str
     near: Literal["no", "beside experts", "yes"]  # whether a person would take it for an MoE
+    final: bool = False  # whether it holds however much more of the model is looked at
+
+
+def selections(recording: Recording) -> Iterator[Call]:
+    """The calls of a recording that select by the size of activations."""
+    for call in recording.calls:
+        if call.name not in graph.SELECTIONS or not call.inputs or call.inputs[0].const:
+            continue
+        if call.inputs[0].tensor.is_floating_point():
+            yield call
 
 
 def find_heads(recording: Recording) -> tuple[list[Head], list[Note]]:
     """Routers in a recording, and why selections that looked like one are not."""
-    by_projection: dict[Call, list[Call]] = {}
+    by_projections: dict[frozenset[Call], list[Call]] = {}
     notes: list[Note] = []
-    for call in recording.calls:
-        if call.name not in graph.SELECTIONS or not call.inputs or call.inputs[0].const:
-            continue
-        if not call.inputs[0].tensor.is_floating_point():
-            continue
+    for call in selections(recording):
         found, mixing = graph.nearest_projections(call.inputs[0])
         if mixing:
             reason = f"{call.name} selects by products of activations (attention or retrieval), not by a router"
-            notes.append(Note(call, reason, near="no"))
-        elif len(found) == 1:
-            by_projection.setdefault(found.pop(), []).append(call)
-        elif len(found) > 1:
-            reason = f"{call.name} selects by {len(found)} projections combined, not by one router"
-            notes.append(Note(call, reason, near="beside experts"))
+            final = all(_of_one_input(recording, product) for product in mixing)
+            notes.append(Note(call, reason, near="no", final=final))
+        elif found:
+            by_projections.setdefault(frozenset(found), []).append(call)
     heads = []
-    for call, selections in by_projection.items():
-        head = _head(recording, call, selections)
-        across = [s for s in selections if _across_tokens(head, s)]
-        if len(across) == len(selections):
+    for calls, chosen in by_projections.items():
+        head = _joined(recording, calls, chosen) if len(calls) > 1 else _head(recording, next(iter(calls)), chosen)
+        if head is None:
+            reason = f"{chosen[0].name} selects by {len(calls)} projections combined, not by one router"
+            notes.append(Note(chosen[0], reason, near="beside experts"))
+            continue
+        across = [s for s in chosen if _across_tokens(head, s)]
+        if len(across) == len(chosen):
             reason = "it selects tokens for each expert (expert choice), not experts for each token"
             near: Literal["beside experts", "yes"] = "beside experts"
             if head.num_experts == 1:
@@ -181,8 +67,14 @@ def find_heads(recording: Recording) -> tuple[list[Head], list[Note]]:
                 near = "yes"
             notes.append(Note(across[0], reason, near))
             continue
-        heads.append(replace(head, selections=[s for s in selections if s not in across]))
+        heads.append(replace(head, selections=[s for s in chosen if s not in across]))
     return heads, notes
+
+
+def _of_one_input(recording: Recording, product: Call) -> bool:
+    """Whether both factors of a product depend on one input, so that neither is a weight given as an argument."""
+    factors = [graph.ancestors([v]) for v in product.inputs if not v.const]
+    return any(all(given in behind for behind in factors) for given in recording.inputs)
 
 
 def _head(recording: Recording, call: Call, selections: list[Call]) -> Head:
@@ -190,32 +82,84 @@ def _head(recording: Recording, call: Call, selections: list[Call]) -> Head:
     assert projection is not None
     path = _affine_path(call.outputs[0], selections)
     turned = _turned(projection)
-    if path or turned:
+    logits = path[-1][1] if path else call.outputs[0]
+    if call.name == "sum":
+        source = graph.base(projection.activation)
+        head = _affine(recording, projection, source, logits, selections, _between(source, logits))
+    elif path or turned:
         source, before = turned or (projection.activation, ())
-        logits = path[-1][1] if path else call.outputs[0]
         chain = (*before, call, *(c for c, _ in path))
-        found = replace(projection, activation=source)
-        cone = graph.forward_cone([logits])
-        for axis in sorted(range(-logits.tensor.dim(), 0), reverse=True):
-            if logits.shape[axis] < 2:
-                continue
-            head = Head(recording, found, logits, selections, cone, axis, chain)
-            if head._holds():
-                return head
+        head = _affine(recording, projection, source, logits, selections, chain)
+    else:
+        head = None
+    if head is not None:
+        return head
     logits = call.outputs[0]
     axis = 1 if call.name == "convolution" else -1
     return Head(recording, projection, logits, selections, graph.forward_cone([logits]), axis)
 
 
-def _weight_first(projection: graph.Projection) -> bool:
-    """Whether the call is weight @ hidden.T."""
-    operands = [v for v in projection.call.inputs if v.tensor.dim() >= 2]
-    return operands[-2:][0] is projection.weight
+def _affine(
+    recording: Recording,
+    projection: graph.Projection,
+    source: Value,
+    logits: Value,
+    selections: list[Call],
+    chain: tuple[Call, ...],
+) -> Head | None:
+    """The router whose logits the chain makes of `source`, if it is affine along one of their axes."""
+    found, cone = replace(projection, activation=source), graph.forward_cone([logits])
+    for axis in sorted(range(-logits.tensor.dim(), 0), reverse=True):
+        if logits.shape[axis] < 2:
+            continue
+        head = Head(recording, found, logits, selections, cone, axis, chain)
+        if head.holds():
+            return head
+    return None
+
+
+def _joined(recording: Recording, calls: Collection[Call], selections: list[Call]) -> Head | None:
+    """The router whose logits several projections of the same hidden states give together."""
+    first, *others = sorted(calls, key=lambda c: c.index)
+    projection = graph.projection(first)
+    assert projection is not None
+    source = graph.base(projection.activation)
+    if any((p := graph.projection(c)) is None or graph.base(p.activation) is not source for c in others):
+        return None
+    made = {c.outputs[0] for c in calls}
+    flow = graph.forward_cone(made) & graph.ancestors([s.inputs[0] for s in selections])
+    joint = next((v for v in graph.cuts(flow, set()) if made <= graph.ancestors([v])), None)
+    if joint is None:
+        return None
+    path = _affine_path(joint, selections)
+    for logits in dict.fromkeys((path[-1][1] if path else joint, joint)):
+        head = _affine(recording, projection, source, logits, selections, _between(source, logits))
+        if head is not None:
+            return head
+    return None
+
+
+def deepened(head: Head) -> Head | None:
+    """The same router read from before a projection that makes what its own projection reads; None where none does."""
+    calls, mixing = graph.nearest_projections(head.projection.activation)
+    if mixing or len(calls) != 1:
+        return None
+    projection = graph.projection(*calls)
+    assert projection is not None
+    source = graph.base(projection.activation)
+    chain = _between(source, head.logits)
+    return _affine(head.recording, projection, source, head.logits, head.selections, chain)
+
+
+def _between(source: Value, end: Value) -> tuple[Call, ...]:
+    """The calls by which `end` is computed from `source`, in order."""
+    between = graph.ancestors([end], stop=lambda v: v is source) & graph.forward_cone([source])
+    return tuple(sorted({v.call for v in between if v is not source and v.call is not None}, key=lambda c: c.index))
 
 
 def _turned(projection: graph.Projection) -> tuple[Value, tuple[Call, ...]] | None:
     """For weight @ hidden.T: the hidden states before they were turned, and the calls that turned them."""
-    if projection.call.name not in {"mm", "bmm", "addmm", "baddbmm", "matmul"} or not _weight_first(projection):
+    if projection.call.name not in {"mm", "bmm", "addmm", "baddbmm", "matmul"} or not weight_first(projection):
         return None
     value = projection.activation
     calls: list[Call] = []

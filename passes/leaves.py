@@ -15,6 +15,7 @@ from torch import Tensor
 from latentize.passes.bound import Bound
 from latentize.passes.capture import Call, Value
 from latentize.passes.detect import Leaf, Region
+from latentize.passes.tables import meets
 
 #: An expert has at most gate, up, down and a bias for each.
 MOST_ROLES = 6
@@ -65,23 +66,8 @@ def _shares(kind: Literal["weight", "bias"], level: int, members: list[Leaf], co
 
 def _meets(leaf: Leaf, region: Region) -> list[tuple[Call, Value]]:
     """Calls in which the leaf, or rows read from it, first meets activations; with the value that carries it there."""
-    inside = set(region.calls)
-    found: list[tuple[Call, Value]] = []
-    stack = list(leaf.values)
-    seen = set(stack)
-    while stack:
-        value = stack.pop()
-        for call in value.users:
-            if call not in inside:
-                continue
-            if any(v in region.fed for v in call.inputs if v is not value):
-                found.append((call, value))
-                continue
-            for output in call.outputs:
-                if output not in seen and not output.const and output not in region.fed:
-                    seen.add(output)
-                    stack.append(output)
-    return sorted(found, key=lambda meet: meet[0].index)
+    found = meets(leaf.values, set(region.calls), region.fed)
+    return [meet for meet in found if not leaf.carriers or meet[1] in leaf.carriers]
 
 
 def _adds(call: Call, value: Value) -> bool:

@@ -15,7 +15,7 @@ from latentize.passes.bound import Bound
 from latentize.passes.capture import Call, Recording, Value
 from latentize.passes.detect import Region, latent_projection, regions
 from latentize.passes.double import in_fp64
-from latentize.passes.heads import Head
+from latentize.passes.head import Head
 from latentize.passes.lift_experts import ExpertsFit, fit_experts
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
 from latentize.spec import ExpertsSpec, MoESpec

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentize.passes import graph
 from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
-from latentize.passes.heads import Head
+from latentize.passes.head import Head
 from latentize.routing import normalize, score, selection_scores
 from latentize.spec import Groups, RouterSpec
 
@@ -261,7 +261,7 @@ def supports(region: Region) -> Iterator[Tensor]:
         for found in (f for value in call.outputs for f in _as_indices(value.tensor, head)):
             if found.shape[1] == 1 and call.name in graph.SELECTIONS:
                 firsts.append(found)
-            key = (tuple(found.shape), found.sort(-1).values.numpy().tobytes())
+            key = (tuple(found.shape), found.sort(-1).values.cpu().numpy().tobytes())
             if key not in seen:
                 seen.add(key)
                 yield found

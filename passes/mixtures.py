@@ -9,13 +9,21 @@ import torch
 from latentize.passes import graph
 from latentize.passes.capture import Call, Recording
 from latentize.passes.detect import Region, regions
-from latentize.passes.heads import Head, selection_axis
+from latentize.passes.head import Head
+from latentize.passes.heads import selection_axis
 from latentize.passes.leaves import groupings
 from latentize.passes.lift_experts import fit_experts
+from latentize.passes.scan import SLOTS
 
 
-def find_mixtures(recording: Recording, asked: Callable[[Call], bool]) -> list[str]:
-    """Why what weighs experts without selecting any is no standard MoE, of the scores that are `asked` for."""
+def find_mixtures(recording: Recording, asked: Callable[[Call], bool], holds: Callable[[int], bool]) -> list[str]:
+    """Why what weighs experts without selecting any is no standard MoE.
+
+    Args:
+        recording: a run of a module.
+        asked: which scores are asked for.
+        holds: whether the module holds weights for so many experts.
+    """
     heads: dict[Call, list[Call]] = {}
     for call in recording.calls:
         if call.name not in graph.SCORES or not call.inputs or call.inputs[0].const:
@@ -24,10 +32,10 @@ def find_mixtures(recording: Recording, asked: Callable[[Call], bool]) -> list[s
         if len(found) == 1 and not mixing:
             heads.setdefault(found.pop(), []).append(call)
     wanted = [(projection, scores) for projection, scores in heads.items() if asked(scores[0])]
-    return [reason for projection, scores in wanted if (reason := _reason(recording, projection, scores))]
+    return [reason for projection, scores in wanted if (reason := _reason(recording, projection, scores, holds))]
 
 
-def _reason(recording: Recording, call: Call, scores: list[Call]) -> str:
+def _reason(recording: Recording, call: Call, scores: list[Call], holds: Callable[[int], bool]) -> str:
     projection = graph.projection(call)
     assert projection is not None
     logits = call.outputs[0]
@@ -35,6 +43,9 @@ def _reason(recording: Recording, call: Call, scores: list[Call]) -> str:
     if head.num_experts < 2 or head.tokens < 2:
         return ""
     over_tokens = any(_across(s, head.num_experts) for s in scores)
+    counts = {head.num_experts // slots for slots in (SLOTS if over_tokens else (1,))}
+    if not any(holds(count) for count in counts):
+        return ""
     for region in regions(head):
         if over_tokens:
             if _repeats(region):
@@ -70,6 +81,8 @@ def _dense(region: Region) -> str:
         return ""
     weights = experts.coefficients.abs()
     used = (weights > 1e-7 * weights.amax(-1, keepdim=True)).sum(-1)
+    if 1 <= int(used.min()) == int(used.max()) < count:
+        return f"each token uses {int(used.max())} of {count} experts, but its scores do not choose them"
     if int(used.min()) < count:
         return f"no top-k: its tokens use {int(used.min())} to {int(used.max())} of {count} experts, by a threshold"
     return f"each token goes through all {count} experts, weighted (a dense mixture): nothing is selected"

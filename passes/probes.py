@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +18,8 @@ from latentize.passes.scan import ModuleCall
 
 #: Tokens of the example inputs that are used.
 ENOUGH = 128
+#: Size of numbers that stand for "never" in a mask.
+HUGE = 1e4
 #: Tokens that are sent to one expert, past any capacity worth the name.
 MANY = 400
 
@@ -25,11 +31,16 @@ class Inputs:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    optional: bool = False  # whether the module may reject them
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same with copies of floating tensors in `dtype`; the call may write to its inputs."""
         args, kwargs = pytree.tree_map(lambda a: _copied(a, dtype), (self.args, self.kwargs))
-        return Inputs(self.name, args, kwargs)
+        return Inputs(self.name, args, kwargs, self.optional)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor)]
 
 
 def _copied(item: Any, dtype: torch.dtype) -> Any:
@@ -43,6 +54,7 @@ class Prober:
     """Makes inputs for one module after the call that it was seen with."""
 
     call: ModuleCall
+    flexible: bool = True  # whether the module takes other sizes for all that is known
 
     @classmethod
     def of(cls, module: nn.Module, inputs: Inputs) -> Prober:
@@ -52,34 +64,72 @@ class Prober:
     @property
     def hidden(self) -> Tensor | None:
         """The only floating tensor among the arguments, if there is just one and no other tensor."""
-        tensors = [a for a in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(a, Tensor)]
+        tensors = self._given.tensors()
         if len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dim() >= 2:
             return tensors[0]
         return None
 
+    @property
+    def _given(self) -> Inputs:
+        return Inputs("example inputs", self.call.args, self.call.kwargs)
+
+    @functools.cached_property
+    def channels(self) -> int:
+        """The axis of the hidden states that is their width: the last, or 1 in convolutional code.
+
+        Where the sizes of weights leave it open, it is the axis without which the module still runs when halved.
+        """
+        like = self.hidden
+        if like is None or like.dim() not in (3, 4):
+            return -1
+        sizes = {size for p in self.call.module.parameters() for size in p.shape}
+        order = (-1, 1) if like.dim() == 3 else (1, -1)
+        known = [axis for axis in order if like.shape[axis] in sizes]
+        if len(known) == 1 or like.shape[order[0]] == like.shape[order[1]]:
+            return (known or order)[0]
+        return next((axis for axis in order if self._runs_without(1 if axis == -1 else -1)), order[0])
+
+    def _runs_without(self, axis: int) -> bool:
+        """Whether the module runs when all but one place of an axis are taken away."""
+        assert self.hidden is not None
+        cut = self.with_hidden("", self.hidden.narrow(axis, 0, 1))
+        try:
+            with torch.no_grad():
+                copy.deepcopy(self.call.module)(*cut.args, **cut.kwargs)
+        except Exception:  # then it is the width
+            return False
+        return True
+
+    def _last(self, hidden: Tensor) -> Tensor:
+        """Hidden states with their width as the last axis."""
+        return hidden.movedim(self.channels, -1)
+
+    def _laid(self, name: str, values: Tensor) -> Inputs:
+        """The call with hidden states whose width is the last axis here."""
+        assert self.hidden is not None
+        return self.with_hidden(name, values.movedim(-1, self.channels).to(self.hidden).contiguous())
+
     def seen(self) -> Inputs:
         """The call as it was seen; of long hidden states the first tokens."""
         hidden = self.hidden
-        if hidden is None or hidden.dim() > 3 or hidden.numel() <= ENOUGH * hidden.shape[-1]:
-            return Inputs("example inputs", self.call.args, self.call.kwargs)
-        few = hidden[:2, : ENOUGH // 2] if hidden.dim() == 3 else hidden[:ENOUGH]
-        return self.with_hidden("example inputs", few)
+        if hidden is None or hidden.dim() > 3 or hidden.numel() <= ENOUGH * hidden.shape[self.channels]:
+            return self._given
+        last = self._last(hidden)
+        return self._laid("example inputs", last[:2, : ENOUGH // 2] if hidden.dim() == 3 else last[:ENOUGH])
 
     def reversed(self, inputs: Inputs) -> Inputs:
         """The same tokens in reverse order, for a module whose only tensor is its hidden states."""
 
-        def turn(item: Any) -> Any:
-            return item.flip(tuple(range(item.dim() - 1))) if isinstance(item, Tensor) else item
-
-        args, kwargs = pytree.tree_map(turn, (inputs.args, inputs.kwargs))
-        return Inputs(f"{inputs.name}, reversed", args, kwargs)
+        (tensor,) = inputs.tensors()
+        last = self._last(tensor)
+        return self._laid(f"{inputs.name}, reversed", last.flip(tuple(range(last.dim() - 1))))
 
     def with_hidden(self, name: str, hidden: Tensor) -> Inputs:
         """The call with its hidden states replaced."""
         args, kwargs = pytree.tree_map(
             lambda a: hidden if isinstance(a, Tensor) else a, (self.call.args, self.call.kwargs)
         )
-        return Inputs(name, args, kwargs)
+        return Inputs(name, args, kwargs, optional=not self.flexible)
 
     def random(
         self, name: str, batch: int, tokens: int, seed: int, spread: float = 0.0, loudness: float = 1.0
@@ -89,31 +139,26 @@ class Prober:
         if like is None:
             return None
         generator = torch.Generator().manual_seed(seed)
-        shape = _shape(like, batch, tokens)
+        shape = _shape(self._last(like), batch, tokens)
         size = loudness * (float(like.double().square().mean().sqrt()) or 1.0)
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * size
+        values = _normal(shape, generator) * size
         if spread:
-            per_token = list(shape)
-            per_token[1 if like.dim() == 4 else -1] = 1
-            values = values * torch.exp(
-                spread * (2 * torch.rand(per_token, generator=generator, dtype=torch.float64) - 0.7)
-            )
-        return self.with_hidden(name, values.to(like.dtype))
+            drawn = torch.rand((*shape[:-1], 1), generator=generator, dtype=torch.float64, device="cpu")
+            values = values * torch.exp(spread * (2 * drawn - 0.7))
+        return self._laid(name, values)
 
     def directed(self, name: str, directions: Tensor, seed: int) -> Inputs | None:
         """Tokens along each of `directions` [N, d], so that every expert is selected; None where that is impossible."""
         like = self.hidden
-        if like is None or like.dim() > 3 or like.shape[-1] != directions.shape[1]:
+        if like is None or like.dim() > 3 or like.shape[self.channels] != directions.shape[1]:
             return None
         generator = torch.Generator().manual_seed(seed)
         size = float(like.double().square().mean().sqrt()) or 1.0
         unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-12) * directions.shape[1] ** 0.5
-        rows = torch.cat(
-            [unit + 0.3 * torch.randn(unit.shape, generator=generator, dtype=torch.float64) for _ in range(4)]
-        )
+        rows = torch.cat([unit.cpu() + 0.3 * _normal(unit.shape, generator) for _ in range(4)])
         rows = rows * size
         shape = (1, *rows.shape) if like.dim() == 3 else rows.shape
-        return self.with_hidden(name, rows.reshape(shape).to(like.dtype))
+        return self._laid(name, rows.reshape(shape))
 
     def extremes(self, seed: int) -> list[Inputs]:
         """Quiet, loud and one-signed tokens, which show what happens on one side of a threshold only.
@@ -124,7 +169,7 @@ class Prober:
         loud = [self.random("loud tokens", 1, 24, seed + 1, spread=0.5, loudness=size) for size in (3.0, 5.0)]
         found = [p for p in (*quiet, *loud) if p is not None]
         if found:
-            (tensor,) = [a for a in pytree.tree_leaves((found[-1].args, found[-1].kwargs)) if isinstance(a, Tensor)]
+            (tensor,) = found[-1].tensors()
             signs = (("negative tokens", -0.3), ("positive tokens", 0.3))
             found += [self.with_hidden(name, sign * tensor.abs()) for name, sign in signs]
         return found
@@ -140,43 +185,109 @@ class Prober:
         empty = [3, 7, 8]
         found = self.random(name, 1, self.GAPPED, seed)
         assert found is not None
-        (tensor,) = [a for a in pytree.tree_leaves((found.args, found.kwargs)) if isinstance(a, Tensor)]
-        filled = tensor.clone()
+        (tensor,) = found.tensors()
+        filled = self._last(tensor).clone(memory_format=torch.contiguous_format)
         filled.view(self.GAPPED, -1)[empty] = 0
-        return self.with_hidden(name, filled), empty
+        return self._laid(name, filled), empty
 
     def others(self) -> list[Inputs]:
-        """Inputs of other lengths for a call with one tensor, of hidden states or of token ids; empty for others."""
+        """Inputs of other lengths that the module may or may not take."""
         found = [self.random("one token", 1, 1, MANY), self.random("batch of 3 × 11", 3, 11, MANY)]
-        tensors = [a for a in pytree.tree_leaves((self.call.args, self.call.kwargs)) if isinstance(a, Tensor)]
-        if len(tensors) == 1 and tensors[0].dtype in (torch.int64, torch.int32) and tensors[0].dim() == 2:
-            ids = tensors[0].reshape(-1)
-            turned = [ids[torch.arange(b * t) * 7 % len(ids)].view(b, t) for b, t in ((1, 1), (3, 11))]
-            found += [self.with_hidden("other tokens", t) for t in turned]
-        return [inputs for inputs in found if inputs is not None]
+        return [inputs for inputs in found if inputs is not None] or list(self._resized())
+
+    def longer(self, tokens: int) -> list[Inputs]:
+        """The call with more tokens than it was seen with, shaken; empty where its arguments have no axis of them."""
+        found = list(self._resized(((2, tokens // 2), (1, tokens))))
+        return [shaken for item in found for shaken in itertools.islice(Prober(self._as(item))._shaken(tokens), 1)]
+
+    def _as(self, inputs: Inputs) -> ModuleCall:
+        return ModuleCall(self.call.path, self.call.module, inputs.args, inputs.kwargs)
+
+    def _resized(self, sizes: Sequence[tuple[int, int]] = ((1, 1), (1, 7), (3, 11))) -> Iterator[Inputs]:
+        """The call with other numbers of sequences and tokens, wherever its arguments have an axis of them."""
+        main = max(self._given.tensors(), key=lambda t: (t.dim() in (2, 3), t.numel()), default=None)
+        if main is None or main.dim() < 2:
+            return
+        width = main.shape[-1] if main.is_floating_point() else 0
+        batch, tokens = (main.shape[0], main.shape[1]) if main.dim() > 2 or _is_ids(main) else (0, main.shape[0])
+        for few, many in sizes:
+            places = {tokens: torch.arange(many) * 7 % max(1, tokens), batch: torch.arange(few) % max(1, batch)}
+            gather = functools.partial(_gathered, places=places, width=width)
+            args, kwargs = pytree.tree_map(gather, (self.call.args, self.call.kwargs))
+            yield Inputs(f"batch of {few} × {many}", args, kwargs, optional=True)
+
+    def _shaken(self, seed: int) -> Iterator[Inputs]:
+        """The call with its own floating arguments shaken, quiet, loud and turned round, and with its ids exchanged."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, noise, factor in (
+            ("shaken", 0.5, 1.0), ("shaken anew", 1.0, 1.0), ("quiet", 0.2, 0.1), ("loud", 0.2, 4.0),
+            ("negated", 0.2, -1.0),
+        ):  # fmt: skip
+            change = functools.partial(_shake, noise=noise, factor=factor, generator=generator)
+            args, kwargs = pytree.tree_map(change, (self.call.args, self.call.kwargs))
+            yield Inputs(f"example inputs {name}", args, kwargs, optional=True)
 
     def proofs(self, seed: int) -> list[Inputs]:
         """Inputs that a lift must survive: the example, one token, odd lengths, a batch, all tokens alike."""
         found = [self.seen()]
         like = self.hidden
         if like is None:
-            return found
+            return [*found, *self._shaken(seed), *self._resized()]
+        if not self.flexible:
+            found += self._shaken(seed)
         wanted = [("one token", 1, 1), ("7 tokens", 1, 7), ("batch of 3 × 11", 3, 11), ("64 tokens", 2, 32)]
         wanted += [("batch of 9 × 2", 9, 2)]
         found += [p for n, b, t in wanted if (p := self.random(n, b, t, seed + b + t, spread=0.5)) is not None]
         alike = self.random("one token", 1, 1, seed + 1)
         if alike is not None and like.dim() <= 3:
-            (tensor,) = [a for a in pytree.tree_leaves((alike.args, alike.kwargs)) if isinstance(a, Tensor)]
-            repeat = [MANY if axis == tensor.dim() - 2 else 1 for axis in range(tensor.dim())]
-            found.append(self.with_hidden(f"{MANY} equal tokens, most experts idle", tensor.repeat(repeat)))
+            (tensor,) = alike.tensors()
+            last = self._last(tensor)
+            repeat = [MANY if axis == last.dim() - 2 else 1 for axis in range(last.dim())]
+            found.append(self._laid(f"{MANY} equal tokens, most experts idle", last.repeat(repeat)))
         return found
 
 
 def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:
+    """Shape of hidden states like those given, with their width as the last axis."""
     if like.dim() == 2:
         return (batch * tokens, like.shape[1])
     if like.dim() == 3:
         return (batch, tokens, like.shape[2])
     if like.dim() == 4:
-        return (batch, like.shape[1], tokens, 2 if tokens > 1 else 1)
+        return (batch, tokens, 2 if tokens > 1 else 1, like.shape[3])
     return tuple(like.shape)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers in fp64, drawn on the CPU whatever the default device."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def _is_ids(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32)
+
+
+def _gathered(item: Any, places: dict[int, Tensor], width: int) -> Any:
+    """A tensor with the places given for an axis of some length taken from every such axis but that of the width."""
+    if not isinstance(item, Tensor):
+        return item
+    for axis in range(item.dim() - int(item.shape[-1:] == (width,))):
+        chosen = places.get(item.shape[axis])
+        if chosen is not None:
+            item = item.index_select(axis, chosen.to(item.device))
+    return item
+
+
+def _shake(item: Any, noise: float, factor: float, generator: torch.Generator) -> Any:
+    """A floating tensor scaled, with noise relative to its size; the huge numbers of a mask stay. Ids trade places."""
+    if not isinstance(item, Tensor) or item.numel() < 2:
+        return item
+    if _is_ids(item):
+        order = torch.randperm(item.numel(), generator=generator, device="cpu")
+        return item.reshape(-1)[order.to(item.device)].view(item.shape)
+    if not item.is_floating_point():
+        return item
+    plain = item.detach().double().abs() < HUGE
+    size = float(item.detach().double()[plain].square().mean().sqrt()) if bool(plain.any()) else 0.0
+    drawn = _normal(item.shape, generator).to(item.device)
+    return torch.where(plain, factor * item.detach().double() + noise * size * drawn, item).to(item.dtype)

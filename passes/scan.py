@@ -21,6 +21,8 @@ from latentize.passes.graph import CONTRACTIONS, SCORES, SELECTIONS
 
 #: Levels above the module that selects in which the experts are looked for.
 CLIMB = 4
+#: Slots that an expert of a soft mixture may have.
+SLOTS = range(1, 5)
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,13 @@ class ModuleCall:
 
 @dataclass
 class Scan:
-    """Where a model selects: the open module paths of each selection, innermost first, every module's first call."""
+    """Where a model selects: the open module paths of each selection, innermost first, every module's first call.
+
+    `mixtures` are scores that nothing selects by: the modules that compute them, by the module that holds experts.
+    """
 
     chains: list[tuple[str, ...]] = field(default_factory=list)
+    mixtures: dict[str, list[str]] = field(default_factory=dict)
     calls: dict[str, ModuleCall] = field(default_factory=dict)
     count: dict[str, int] = field(default_factory=dict)  # calls of each module in one run
 
@@ -49,7 +55,7 @@ class _Watcher(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.open: list[str] = []
         self.chains: dict[tuple[str, ...], None] = {}
-        self.mixtures: dict[tuple[str, ...], None] = {}
+        self.mixtures: dict[str, str] = {}  # the module that holds experts, by the module that scores
         self.modules = dict(model.named_modules())
         self.weights = {_storage(p) for p in model.parameters()}
         self.projected = WeakTensorKeyDictionary()
@@ -61,8 +67,10 @@ class _Watcher(TorchDispatchMode):
         first = args[0] if args and isinstance(args[0], Tensor) and args[0].is_floating_point() else None
         if first is not None and name in SELECTIONS:
             self.chains[tuple(reversed(self.open))] = None
-        if first is not None and name in SCORES and first in self.projected and self._near_experts(first):
-            self.mixtures[tuple(reversed(self.open))] = None
+        if first is not None and name in SCORES and first in self.projected and self.open:
+            holder = self._near_experts(first)
+            if holder is not None:
+                self.mixtures[self.open[-1]] = holder
         if name == "_local_scalar_dense" and args[0].is_meta:
             return _assumed(args[0].dtype)
         result = kernel(func, args)(*args, **(kwargs or {}))
@@ -75,16 +83,16 @@ class _Watcher(TorchDispatchMode):
             self.projected.update({r: True for r in pytree.tree_leaves(result) if isinstance(r, Tensor)})
         return result
 
-    def _near_experts(self, logits: Tensor) -> bool:
-        """Whether a module near the open one holds weights for as many experts as there are logits, or for a part."""
+    def _near_experts(self, logits: Tensor) -> str | None:
+        """The nearest open module that holds weights for as many experts as there are logits, or for a part of them."""
         last = logits.shape[-2:] if logits.dim() >= 2 else ()
-        sizes = {size // slots for size in last for slots in range(1, 5) if size % slots == 0}
+        sizes = {size // slots for size in last for slots in SLOTS if size % slots == 0}
         for path, size in itertools.product(reversed(self.open[-CLIMB:]), sizes):
             if (path, size) not in self.holds:
                 self.holds[path, size] = holds_experts(self.modules[path], size)
             if self.holds[path, size]:
-                return True
-        return False
+                return path
+        return None
 
 
 def holds_experts(module: nn.Module, count: int) -> bool:
@@ -144,8 +152,10 @@ def scan(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         finally:
             for handle in handles:
                 handle.remove()
-    apart = [m for m in watcher.mixtures if not any(_of_one_block(m[0], c[0]) for c in watcher.chains)]
-    result.chains = [*watcher.chains, *apart]
+    result.chains = list(watcher.chains)
+    for path, holder in watcher.mixtures.items():
+        if not any(_of_one_block(path, chain[0]) for chain in watcher.chains):
+            result.mixtures.setdefault(holder, []).append(path)
     return result
 
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from latentize.blocks import Block
 from latentize.passes.probes import Prober
 from latentize.passes.scan import CLIMB, ModuleCall, Scan, scan
-from latentize.passes.trial import SEED, lift_module, named_state
+from latentize.passes.trial import SEED, lift_module, mixtures_in, named_state
 
 
 def is_meta(model: nn.Module) -> bool:
@@ -41,7 +41,21 @@ def find_structure(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str,
         for block in _in_chain(seen, chain, known):
             if block.status != "refused" or block.name not in found:
                 found[block.name] = block
+    for holder, inner in seen.mixtures.items():
+        if holder not in found:
+            found.update({block.name: block for block in _mixtures(seen.calls[holder], inner)})
     return list(found.values())
+
+
+def _mixtures(call: ModuleCall, inner: list[str]) -> list[Block]:
+    """What a module weighs without selecting any, as refused blocks."""
+    filled = _filled(call)
+    relative = [i.removeprefix(call.path).lstrip(".") if call.path else i for i in inner]
+    try:
+        reasons = mixtures_in(filled.module, Prober(filled), relative)
+    except Exception:  # one module that cannot be read must not hide the others
+        return []
+    return [Block(call.path or ".", "refused", reason) for reason in reasons[:1]]
 
 
 def _in_chain(seen: Scan, chain: tuple[str, ...], known: dict[tuple[object, ...], Block | None]) -> list[Block]:
@@ -63,12 +77,12 @@ def _look(call: ModuleCall, inner: str) -> Block | None:
     """The module as a block, lifted with random weights; None when it has no router."""
     filled = _filled(call)
     try:
-        trials, reasons = lift_module(filled.module, Prober(filled), inner)
+        lifts = lift_module(filled.module, Prober(filled), inner)
     except Exception as error:  # one module that cannot be read must not hide the others
         return Block("", "refused", f"it could not be analysed: {type(error).__name__}: {str(error).strip()[:200]}")
-    if not trials:
-        return Block("", "refused", reasons[0]) if reasons else None
-    trial = trials[0]
+    if not lifts.found:
+        return Block("", "refused", lifts.reasons[0]) if lifts.reasons else None
+    trial = lifts.found[0]
     spec = trial.binding.spec(trial.recording, dict(named_state(filled.module))).map_tensors(lambda t: t.to("meta"))
     return Block("", "latent" if trial.binding.latent else "moe", "", spec, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,14 @@ from latentize.passes import graph
 from latentize.passes.capture import Call, Recording, Value, record
 from latentize.passes.detect import regions
 from latentize.passes.double import in_double, in_fp64
-from latentize.passes.heads import Head, Note, find_heads
+from latentize.passes.head import Head
+from latentize.passes.heads import Note, deepened, find_heads, selections
 from latentize.passes.lift import Binding, lift
 from latentize.passes.lift_router import has_idle_experts
 from latentize.passes.mixtures import find_mixtures
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.scan import holds_experts
+from latentize.passes.verify import run_double
 
 #: Tokens of the run that a lift is made on.
 TOKENS = 48
@@ -38,33 +40,49 @@ class Trial:
     inputs: Inputs
 
 
-def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> tuple[list[Trial], list[str]]:
+@dataclass(frozen=True)
+class Lifts:
+    """What became of the selections of one module."""
+
+    found: list[Trial]
+    reasons: list[str]  # why what a person might take for an MoE is none
+    settled: bool = False  # whether no module around this one can make an MoE of them either
+
+
+def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> Lifts:
     """Lift the MoEs of one module whose selection happens in the submodule `innermost` (None: anywhere)."""
     double = in_double(module)
     first = _record(double, prober.seen())
     heads, notes = _heads(first, innermost)
     if not heads:
-        return [], _near_misses(module, first, notes, innermost)
+        asked = [c for c in selections(first) if innermost is None or _path(first, c) == innermost]
+        settled = len(asked) == len(notes) > 0 and all(note.final for note in notes)
+        return Lifts([], _near_misses(module, notes), settled)
     noise = [c for c in first.random_calls() if not _without_dropout(c)]
     if noise:
-        return [], [f"it draws random numbers in evaluation ({noise[0].name})"]
+        return Lifts([], [f"it draws random numbers in evaluation ({noise[0].name})"])
     randomise(double, _names(heads), SEED)
     attempts = list(_attempts(prober, heads[0], double))
     found, reasons, idle = _lift(double, attempts, innermost)
     if not found and idle:
         _quieten(double, heads)
         found, reasons, _ = _lift(double, attempts[-1:], innermost)
-    return found, [] if found else reasons
+    return Lifts(found, [] if found else reasons)
 
 
-def _near_misses(module: nn.Module, recording: Recording, notes: list[Note], innermost: str | None) -> list[str]:
+def _near_misses(module: nn.Module, notes: list[Note]) -> list[str]:
     """Why what a person might take for an MoE is none."""
-    found = [
+    return [
         note.reason for note in notes
         if note.near == "yes"
         or (note.near == "beside experts" and any(holds_experts(module, n) for n in note.call.inputs[0].shape))
     ]  # fmt: skip
-    return found + find_mixtures(recording, lambda c: innermost is None or _path(recording, c) == innermost)
+
+
+def mixtures_in(module: nn.Module, prober: Prober, inner: Collection[str]) -> list[str]:
+    """Why what the submodules `inner` weigh without selecting any is no MoE; empty where no experts are near."""
+    recording = _record(in_double(module), prober.seen())
+    return find_mixtures(recording, lambda c: _path(recording, c) in inner, lambda n: holds_experts(module, n))
 
 
 def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> tuple[list[Trial], list[str], bool]:
@@ -84,7 +102,7 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
         if number < len(attempts) and heads and all(has_idle_experts(head) for head in heads):
             continue
         for head in heads:
-            binding, reason = lift(head)
+            binding, reason = _lift_head(head)
             if binding is None:
                 reasons.append(reason)
                 idle = idle or has_idle_experts(head)
@@ -93,6 +111,18 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
         if found or not reasons:
             return found, reasons, idle
     return [], reasons, idle
+
+
+def _lift_head(head: Head) -> tuple[Binding | None, str]:
+    """The router's MoE, with the router read from as far back as its logits are affine; else the first reason."""
+    binding, reason = lift(head)
+    while binding is None:
+        deeper = deepened(head)
+        if deeper is None:
+            return None, reason
+        head = deeper
+        binding, _ = lift(head)
+    return binding, ""
 
 
 _IN_PIECES = "it works through its tokens piece by piece, so that no one step of it is the whole block"
@@ -136,6 +166,8 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
     few = prober.random("lift", 2, TOKENS // 2, SEED, spread=1.0)
     if few is None:
         yield prober.seen()
+        if has_idle_experts(head):
+            yield from (i for i in prober.longer(6 * head.num_experts) if _runs(module, i))
         return
     yield few
     weight = head.weight.tensor(head.recording, dict(named_state(module))).detach().double()
@@ -145,6 +177,15 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
     many = prober.random("lift", 2, min(2048, 6 * head.num_experts), SEED, spread=1.0)
     if many is not None:
         yield many
+
+
+def _runs(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether a module takes some inputs."""
+    try:
+        run_double(module, inputs)
+    except Exception:  # sizes that it does not take
+        return False
+    return True
 
 
 def _heads(recording: Recording, innermost: str | None) -> tuple[list[Head], list[Note]]:
@@ -205,5 +246,5 @@ def randomise(module: nn.Module, which: set[str], seed: int) -> None:
         size = float(tensor.double().square().mean().sqrt())
         floor = tensor.shape[-1] ** -0.5 if tensor.dim() >= 2 else 0.1
         scale = size if size > 1e-2 * floor else floor
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        tensor.add_((0.5 * scale * noise).to(tensor.dtype))
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+        tensor.add_((0.5 * scale * noise).to(tensor))

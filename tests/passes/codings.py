@@ -5,6 +5,8 @@ from __future__ import annotations
 import codings_around
 import codings_dispatch
 import codings_near
+import codings_others
+import codings_others_near
 import codings_refused
 import codings_routing
 import codings_storage
@@ -17,17 +19,17 @@ __all__ = ["EITHER", "EXPERTS", "HIDDEN", "INTERMEDIATE", "MOES", "NOT_MOES", "T
 
 _ALL: dict[str, type[Coding]] = {
     **codings_storage.MOES, **codings_routing.MOES, **codings_dispatch.MOES, **codings_around.MOES,
-    **codings_near.MOES, **codings_strangers.MOES,
+    **codings_near.MOES, **codings_strangers.MOES, **codings_others.MOES,
 }  # fmt: skip
-#: Standard MoEs that are refused today, and never lifted wrongly: loops that no capture can follow, all weights of an
-#: expert in one row of a table, a router that is no one matrix product.
-REFUSED_TODAY = frozenset({"SplitRouter", "SumProductRouter", "TableExperts", "TokenLoop"})
+#: Standard MoEs that are refused today, and never lifted wrongly.
+REFUSED_TODAY = frozenset({"TokenLoop"})
 MOES = {name: case for name, case in _ALL.items() if name not in REFUSED_TODAY}
 NOT_MOES: dict[str, type[Coding]] = {
     **codings_refused.NOT_MOES, **codings_near.NOT_MOES, **codings_strangers.NOT_MOES,
+    **codings_others_near.NOT_MOES,
 }  # fmt: skip
 EITHER: dict[str, type[Coding]] = {
-    **codings_refused.EITHER, **codings_near.EITHER, **codings_strangers.EITHER,
+    **codings_refused.EITHER, **codings_near.EITHER, **codings_strangers.EITHER, **codings_others_near.EITHER,
     **{name: _ALL[name] for name in sorted(REFUSED_TODAY)},
 }  # fmt: skip
 
