@@ -10,7 +10,7 @@ import torch
 
 from latentize import ops as _ops  # noqa: F401 - defines torch.ops.latentize.latent_experts
 from latentize.activations import Activation
-from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body
+from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body, few_pairs
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal
 
@@ -105,19 +105,20 @@ def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
 
     One node per expert is fastest once every expert has work, but costs load time and a second copy of the weights:
     only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph. Few pairs go to onnxruntime's fused
-    operator where it is exact; else copies are gathered where experts are small, or the active ones looped over where
-    most are idle.
+    operator where it is exact, or the active experts are looped over where most are idle. Where experts are small, a
+    copy of each pair's weights is gathered for few pairs, and all experts run as wide products for some.
     """
     fused = not moe_refusal(config)
     experts = sum(c.num_experts for c in every)
     if experts > UNROLLED_EXPERTS or sum(c.weight_bytes for c in every) > UNROLLED_BYTES:
         return "moe" if fused else "loop"
     small = config.intermediate_size * config.latent_dim <= SMALL
-    many = "batched" if small else "unrolled"
+    if small:
+        worth = few_pairs(config, "gather", "dense") < few_pairs(config, "dense", "batched")
+        return "gather+dense+batched" if worth else "gather+batched"
+    many = "unrolled"
     if fused:
         return f"moe+{many}"
-    if small:
-        return f"gather+{many}"
     return f"loop+{many}" if config.num_experts > 16 * config.top_k else many
 
 

@@ -22,9 +22,10 @@ def make_config(
     ("config", "form"),
     [
         (make_config(), "moe+unrolled"),
-        (make_config(latent=64, m=64), "moe+batched"),
+        (make_config(latent=64, m=64), "gather+dense+batched"),
+        (make_config(latent=64, m=64, k=1), "gather+batched"),
         (make_config(activation="gelu"), "unrolled"),
-        (make_config(activation="gelu", latent=64, m=64), "gather+batched"),
+        (make_config(activation="gelu", latent=64, m=64), "gather+dense+batched"),
         (make_config(activation="gelu", n=256), "loop+unrolled"),
         (make_config(dtype=DOUBLE), "unrolled"),
         (make_config(on_input=True), "unrolled"),

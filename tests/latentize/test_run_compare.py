@@ -1,10 +1,12 @@
 """`latentize compare` and `build` on a folder that a conversion wrote: numbers in the report, gates, first blocks."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import small_moe
+import torch
 from command_line import call
 
 from latentize import report
@@ -102,6 +104,7 @@ def test_a_graph_with_a_wrong_block_fails_and_the_block_is_named(out, capsys, na
     assert not list(out.glob(".model*"))
 
 
+@pytest.mark.slow
 def test_limits_that_are_asked_for_are_gates(out, capsys):
     code, _, err = call(capsys, "compare", out, "--backend", "torch", "--max-tokens", "1", "--max-block-error", "0.001",
                         "--max-loss", "0.0001", "-q")  # fmt: skip
@@ -111,6 +114,7 @@ def test_limits_that_are_asked_for_are_gates(out, capsys):
     assert list(report.read(out).comparison.blocks[0].errors) == ["a.moe"]  # the search ends at the first one
 
 
+@pytest.mark.slow
 def test_without_a_report_it_is_only_printed(out, capsys):
     (out / "report.json").unlink()
     code, shown, _ = call(capsys, "compare", out, "--backend", "torch", "--max-tokens", "1")
@@ -141,18 +145,44 @@ def test_a_truncated_graph_is_refused_by_name(out, capsys):
     assert "model.onnx: onnxruntime cannot load it" in err
 
 
+def with_profiles(out, profiles):
+    manifest = (out / "latentize.json").read_text()
+    (out / "latentize.json").write_text(manifest.replace('"profiles": []', f'"profiles": {json.dumps(profiles)}'))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--profile", "1x1:4:64"), "--profile 1x1:4:64 contradicts the recipe, whose profiles are 1x1:4:32"),
+        (("--profile", "4:2:1x1"), "--profile 4:2:1x1: batch 4:2:1 is not in order"),
+        (("--profile", "many"), "--profile 'many': expected BATCHxTOKENS"),
+        (("--target", "SM75"), "TensorRT target 'SM75' is not known: expected one of portable, SM80"),
+        (("--target", "native"), "there is no NVIDIA GPU with a driver here"),
+        (("--experts", "embedded"), "only the full tensorrt (10.9 or newer) embeds kernels"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(out, capsys, monkeypatch, arguments, words):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with_profiles(out, [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}])
+    code, _, err = call(capsys, "build", out, *arguments)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_build_that_memory_has_no_room_for_is_not_begun(out, capsys, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("latentize.exporters.tensorrt.free_memory", lambda: 1000)
+    code, _, err = call(capsys, "build", out)
+    assert code == 5
+    assert "GiB of memory (3 copies of its weights)" in err
+
+
+@pytest.mark.slow
 def test_engines_are_built_from_the_recipe_in_another_dtype_and_reported(out, capsys):
     pytest.importorskip("tensorrt_rtx")
-    manifest = (out / "latentize.json").read_text()
-    (out / "latentize.json").write_text(
-        manifest.replace('"profiles": []', '"profiles": [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}]')
-    )
-    code, _, err = call(capsys, "build", out, "--profile", "1x1:4:64")
-    assert code == 2
-    assert "--profile 1x1:4:64 contradicts the recipe, whose profiles are 1x1:4:32" in err
-    code, _, err = call(capsys, "build", out, "--target", "SM75")
-    assert code == 2
-    assert "TensorRT target 'SM75' is not known: expected one of portable, SM80" in err
+    with_profiles(out, [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}])
     code, shown, err = call(capsys, "build", out, "--dtype", "fp16")
     assert code == 0, err
     (engine,) = report.read(out).engines
