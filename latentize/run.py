@@ -199,6 +199,7 @@ def run(job: Job) -> None:
     before = _evaluate(job, job.source.model)
     prepared, specs = _start(job, kept)
     terminal.print_plan(job.console, run_report.plans(prepared, specs))
+    terminal.print_end(job.console, (), _plan_warnings(job, prepared), (), "")
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     result, evaluation = _heal(job, kept, prepared, specs, before)
     gates: list[Gate] = []

@@ -137,7 +137,8 @@ def test_profiles_that_contradict_the_model_or_the_graph_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("status", "last", "words"),
-    [(-9, "", "ran out of memory or disk"), (1, "cudaMalloc: out of memory", "ran out"), (134, "abort", "status 134")],
+    [(-9, "", "ran out of memory or disk"), (1, "cudaMalloc: out of memory", "ran out"), (134, "abort", "status 134"),
+     (1, "OSError: [Errno 28] No space left on device", "disk")],
 )
 def test_a_worker_that_dies_is_one_line(
     status: int, last: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -190,3 +190,16 @@ def test_engines_are_built_from_the_recipe_in_another_dtype_and_reported(out, ca
     assert list(engine.profiles[0].values()) == [((1, 16), (4, 16), (32, 16))]
     assert " ".join(describe(engine).split()) in " ".join(shown.split())
     assert "model.portable.engine" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_conversion_builds_the_engines_of_its_recipe(converted, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "r.yaml").write_text("latent_dim: 8\nheal_steps: 0\nprofiles:\n  - {tokens: [1, 2, 40]}\n")
+    arguments = ("-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml", "--export", "tensorrt")
+    code, shown, err = call(capsys, converted.parent / "net.py", *arguments)
+    assert code == 0, err
+    (engine,) = report.read(tmp_path / "out").engines
+    assert list(engine.profiles[0].values()) == [((1, 16), (2, 16), (40, 16))]
+    assert (tmp_path / "out" / engine.file).stat().st_size == engine.bytes
+    assert "model.portable.engine" in shown
