@@ -121,12 +121,14 @@ def _by_pairs(forms: Sequence[str]) -> Form:
 def few_pairs(config: NodeConfig, few: str, many: str) -> int:
     """Up to how many (token, expert) pairs form `few` outruns form `many`; at least one token's.
 
-    Fitted to CPU measurements (benchmarks/onnx_forms.py): of the fused operator at 2^6 to 2^18 weights a matrix, of the
-    dense form at 2^10 to 2^13.
+    Fitted to CPU measurements of the fused operator at 2^6 to 2^18 weights a matrix, of the dense form and of copies
+    before it and before the fused operator at 2^10 to 2^13 (benchmarks/onnx_forms.py measures them all).
     """
     n, k, size = config.num_experts, config.top_k, config.intermediate_size * config.latent_dim
     if many == "dense":  # it reads every expert once, where others read some several times
         return max(k, int(_READ_ALL * n))
+    if (few, many) == ("gather", "moe"):
+        return max(k, int(_READ_ALL * n * (4096 / size) ** 0.5))
     if few == "dense":  # idle experts cost it products, others a few nodes each
         idle = n * _DENSE_NS - k * _SPARSE_NS
         return max(k, int(k * n * _NODES_NS / (idle * 3 * size))) if idle > 0 else 1 << 31

@@ -27,7 +27,7 @@ from latentize.exporters.onnx_forms import NodeConfig  # noqa: E402
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal  # noqa: E402
 
 N, K, L, M = 6, 3, 8, 5
-COMPOSED = (*FORMS, "moe+unrolled", "gather+dense+batched", "loop+unrolled")
+COMPOSED = (*FORMS, "moe+unrolled", "gather+dense+batched", "gather+moe+batched", "loop+unrolled")
 TOKENS = (1, 3, 16)
 # fp32 on one side, fp64 on the other, sums of at most 24 terms: a few times 1e-7 is expected.
 TOLERANCE = 1e-5
