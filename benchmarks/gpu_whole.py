@@ -97,6 +97,40 @@ def check_tensorrt(where: Where) -> str:
     return f"engine for {target} differs from PyTorch by {found:.1e}"
 
 
+def check_embedded(where: Where) -> str:
+    """An engine of the full library that carries its kernels, run where no plugin is registered."""
+    if where.device == "cpu":
+        raise Skipped("building with the full library needs a CUDA device")
+    from latentize.errors import LatentizeError
+    from latentize.exporters import tensorrt_library
+    from latentize.exporters.tensorrt import build
+    from latentize.exporters.tensorrt_profiles import Profile
+    from latentize.exporters.tensorrt_run import EngineSession
+    from latentize.inputs import Inputs
+
+    try:
+        if tensorrt_library.find("this check") != "tensorrt":
+            raise Skipped("the full tensorrt is not installed")
+    except LatentizeError as missing:
+        raise Skipped(str(missing)) from missing
+    from latentize.exporters.onnx import export_onnx
+
+    module = block(Where("cpu", (torch.float32,), True), torch.float32)
+    worst = 0.0
+    for usual in (1, 32):  # the decode and the prefill form
+        with tempfile.TemporaryDirectory() as folder:
+            export_onnx(module, (torch.randn(11, 48),), {}, Path(folder) / "model.onnx")
+            profiles = (Profile((1, 1, 1), (1, usual, 32)),)
+            (engine,) = build(Path(folder), profiles=profiles, experts="embedded")
+            session = EngineSession(Path(folder) / engine.file)
+            for tokens in (1, 11, 32):
+                x = torch.randn(tokens, 48)
+                (output,) = session(Inputs((x,)))
+                worst = max(worst, error(output, module(x).double()))
+    assert worst < 2e-3, f"the engine differs by {worst:.1e}"
+    return f"both forms differ from PyTorch by {worst:.1e} at most"
+
+
 def check_plugin(where: Where) -> str:
     """The TensorRT plugin's layer on raw device buffers, at the sizes that engines are made for."""
     from latentize.exporters.tensorrt_plugin import Layer
@@ -128,4 +162,5 @@ CHECKS: dict[str, Callable[[Where], str]] = {
     "onnxruntime": check_onnxruntime,
     "TensorRT": check_tensorrt,
     "TensorRT plugin": check_plugin,
+    "TensorRT, embedded kernels": check_embedded,
 }

@@ -63,7 +63,8 @@ def export_onnx(
         args, kwargs: example arguments. Only tensors become inputs of the graph; anything else is fixed.
         path: the file; weights beyond `external_above` bytes go to `path` + ".data". Both are complete or absent.
         form: how the experts' bodies order their work: "auto" (see `onnx_experts.choose_form`), one of
-            `onnx_bodies.FORMS`, or "few+many" for one of two by the number of selected experts in the batch.
+            `onnx_bodies.FORMS`, or several as "few+many" or "few+some+many", by the number of selected experts in the
+            batch.
         metadata: strings to keep in the file (recipe, evidence).
         opset: version of the standard operators.
 

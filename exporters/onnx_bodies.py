@@ -6,7 +6,7 @@ Bodies are built from the node's sizes, never traced: a 64-expert unrolled one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "latentize"
+#: Nanoseconds for one weight of an expert and token, in one wide product and in one per expert; and for the nodes of
+#: one expert. Share of the experts up to which copying the weights of every pair is faster than reading all of them.
+_DENSE_NS, _SPARSE_NS, _NODES_NS, _READ_ALL = 0.047, 0.093, 8000.0, 0.44
 OP_TYPE = "LatentExperts"
 INPUTS = ("hidden", "indices", "weights", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 ATTRIBUTES = ("activation", "alpha", "gate_min", "gate_max", "up_min", "up_max", "up_offset", "weights_on_input")
 
 Form = Callable[[Nodes, NodeConfig, Values], str]
 
-#: name -> how to build it. A form "few+many" takes one of two by the number of pairs in the batch.
+#: name -> how to build it. A form "few+many", or "few+some+many", takes one by the number of pairs in the batch.
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
         "loop": onnx_forms.loop,
@@ -52,8 +55,7 @@ def build_body(form: str, config: NodeConfig, opset: int, overload: str) -> onnx
     from onnx import TensorProto, helper
 
     check_form(form)
-    few, _, many = form.partition("+")
-    build = _two_forms(few, many) if many else FORMS[few]
+    build = _by_pairs(form.split("+"))
     compute = DOUBLE if config.dtype == DOUBLE else TensorProto.FLOAT
     nodes = Nodes(compute)
     result = build(nodes, config, _inputs(nodes, config, compute))
@@ -94,28 +96,41 @@ def check_form(form: str) -> None:
     Raises:
         LatentizeError: naming the forms there are.
     """
-    if not all(part in FORMS for part in form.split("+", 1)):
+    if not all(part in FORMS for part in form.split("+", 2)):
         known = ", ".join(FORMS)
-        raise LatentizeError(f"ONNX form {form!r} is not known: expected auto, {known}, or two of them as few+many")
+        raise LatentizeError(
+            f"ONNX form {form!r} is not known: expected auto, {known}, or several of them as few+many or few+some+many"
+        )
 
 
-def _two_forms(few: str, many: str) -> Form:
-    """`few` for batches of few pairs, `many` for the others."""
+def _by_pairs(forms: Sequence[str]) -> Form:
+    """The first form for batches of few pairs, the others for larger ones."""
+    few, *others = forms
+    if not others:
+        return FORMS[few]
+    more = _by_pairs(others)
 
     def build(nodes: Nodes, config: NodeConfig, v: Values) -> str:
-        limit = nodes.constant(np.asarray(few_pairs(config, few)))
+        limit = nodes.constant(np.asarray(few_pairs(config, few, others[0])))
         small = nodes.op("LessOrEqual", nodes.op("Size", v.indices), limit)
-        return nodes.if_(small, lambda inner: FORMS[few](inner, config, v), lambda inner: FORMS[many](inner, config, v))
+        return nodes.if_(small, lambda inner: FORMS[few](inner, config, v), lambda inner: more(inner, config, v))
 
     return build
 
 
-def few_pairs(config: NodeConfig, few: str) -> int:
-    """Up to how many (token, expert) pairs form `few` outruns one node per expert; at least one token's.
+def few_pairs(config: NodeConfig, few: str, many: str) -> int:
+    """Up to how many (token, expert) pairs form `few` outruns form `many`; at least one token's.
 
-    One node per expert pays for idle experts, the other forms for slower matrix products, so the larger the experts,
-    the earlier it wins. Fitted to CPU measurements of the fused operator at 2^6 to 2^18 weights a matrix.
+    Fitted to CPU measurements of the fused operator at 2^6 to 2^18 weights a matrix, of the dense form and of copies
+    before it and before the fused operator at 2^10 to 2^13 (benchmarks/onnx_forms.py measures them all).
     """
-    size = config.intermediate_size * config.latent_dim
-    pairs = config.num_experts * (10_000 / size) ** 0.6
-    return max(config.top_k, int(pairs if few == "moe" else 0.6 * pairs))
+    n, k, size = config.num_experts, config.top_k, config.intermediate_size * config.latent_dim
+    if many == "dense":  # it reads every expert once, where others read some several times
+        return max(k, int(_READ_ALL * n))
+    if (few, many) == ("gather", "moe"):
+        return max(k, int(_READ_ALL * n * (4096 / size) ** 0.5))
+    if few == "dense":  # idle experts cost it products, others a few nodes each
+        idle = n * _DENSE_NS - k * _SPARSE_NS
+        return max(k, int(k * n * _NODES_NS / (idle * 3 * size))) if idle > 0 else 1 << 31
+    pairs = n * (10_000 / size) ** 0.6  # one node per expert: the larger the experts, the earlier it wins
+    return max(k, int(pairs if few == "moe" else 0.6 * pairs))

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 UNROLLED_EXPERTS, UNROLLED_BYTES = 1024, 1 << 30
 #: Weights in a matrix up to which an expert's time goes into starting nodes more than into multiplying.
 SMALL = 1 << 14
+#: Weights in one matrix of every expert up to which running them all is no slower than reading the selected ones.
+SMALL_ALL = 40_000
+#: Experts for each selected one from which running all of them does not pay.
+MOSTLY_IDLE = 6
 
 _OPTIONAL = ("gate", "gate_bias", "up_bias", "down_bias")
 
@@ -105,19 +109,22 @@ def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
 
     One node per expert is fastest once every expert has work, but costs load time and a second copy of the weights:
     only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph. Few pairs go to onnxruntime's fused
-    operator where it is exact; else copies are gathered where experts are small, or the active ones looped over where
-    most are idle.
+    operator where it is exact, or the active experts are looped over where most are idle. Where experts are small, a
+    copy of each pair's weights is gathered for few pairs, and all experts run as wide products for some, unless most
+    would be idle.
     """
     fused = not moe_refusal(config)
     experts = sum(c.num_experts for c in every)
     if experts > UNROLLED_EXPERTS or sum(c.weight_bytes for c in every) > UNROLLED_BYTES:
         return "moe" if fused else "loop"
-    small = config.intermediate_size * config.latent_dim <= SMALL
-    many = "batched" if small else "unrolled"
+    size = config.intermediate_size * config.latent_dim
+    if size <= SMALL:
+        if config.num_experts > MOSTLY_IDLE * config.top_k:
+            return "gather+moe+batched" if fused else "gather+batched"
+        return "dense+batched" if config.num_experts * size <= SMALL_ALL else "gather+dense+batched"
+    many = "unrolled"
     if fused:
         return f"moe+{many}"
-    if small:
-        return f"gather+{many}"
     return f"loop+{many}" if config.num_experts > 16 * config.top_k else many
 
 

@@ -15,6 +15,9 @@ from latentize.inputs import Inputs
 #: Largest relative error between an engine and its model by the model's dtype: fp32 products are tf32 on a GPU.
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
+#: Bytes that an engine begins with: four letters, and at 16 its size where tensorrt-rtx wrote it.
+_HEAD = 24
+
 
 class EngineSession:
     """An engine ready to run, with its plugin registered.
@@ -30,6 +33,7 @@ class EngineSession:
     def __init__(self, path: Path, module: str | None = None) -> None:
         if not path.is_file():
             raise LatentizeError(f"{path}: no such file; build it with latentize build")
+        check_file(path)
         require_device(path)
         trt = tensorrt_library.load(module or tensorrt_library.find("running engines"))
         from latentize.exporters.tensorrt_plugin import register
@@ -106,6 +110,24 @@ class EngineSession:
 
     def _dtype(self, name: str) -> torch.dtype:
         return self._kinds[self._engine.get_tensor_dtype(name)]
+
+
+def check_file(path: Path) -> None:
+    """Refuse what is no engine, or is cut short, without a GPU.
+
+    Raises:
+        LatentizeError: saying which.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    size = path.stat().st_size
+    if head[1:4] != b"trt":
+        raise LatentizeError(f"{path}: is no TensorRT engine; build it with latentize build")
+    named = int.from_bytes(head[16:24], "little") if head[:4] == b"vtrt" and len(head) == _HEAD else size
+    if named != size or len(head) < _HEAD:
+        raise LatentizeError(
+            f"{path}: the engine is cut short or damaged: {size} bytes where it names {named}; build it again"
+        )
 
 
 def require_device(what: object) -> None:

@@ -130,7 +130,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     "--onnx-form",
     default="auto",
     metavar="FORM",
-    help="How the experts' graph orders its work: auto, loop, unrolled, batched, dense, gather, moe, or few+many.",
+    help="How the experts' graph orders its work: auto, loop, unrolled, batched, dense, gather, moe, or few+some+many.",
 )
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file of recipe fields.")
 @click.option("--seed", type=int, help="Seed of everything random. [default: 0]")

@@ -21,6 +21,9 @@ from latentize.statistics import BlockStatistics
 #: Sizes at which kernels that serve MoE models are known to stop.
 TOP_K_LIMITS = (8, 16, 22)
 EXPERT_LIMITS = (128, 256, 512)
+#: Multiples that matrix products of experts want their sizes in: 16 bytes of 16-bit weights, said of hidden states of
+#: `SMALL` or more; and the blocks of fp8 weights, said of hidden states of `LARGE` or more.
+ALIGNMENT, SMALL, BLOCK_SCALE, LARGE = 8, 64, 128, 1024
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def plan_block(name: str, spec: MoESpec, recipe: Recipe, latent: int | None = No
         projection_bytes=2 * d * latent * element,
         flops_before=before.flops,
         flops_after=after.flops + 4 * d * latent,
-        warnings=tuple(_limits(name, spec, a, b)),
+        warnings=tuple(_limits(name, spec, latent, a, b)),
     )
 
 
@@ -221,13 +224,20 @@ def _check(name: str, spec: MoESpec, latent: int, a: int, b: int) -> None:
         raise type(error)(f"{name}: {error}") from None
 
 
-def _limits(name: str, spec: MoESpec, a: int, b: int) -> Iterator[str]:
+def _limits(name: str, spec: MoESpec, latent: int, a: int, b: int) -> Iterator[str]:
+    """What kernels that serve MoE models are known to ask for and this block would not have."""
     sizes = (("top-k", spec.top_k, b, TOP_K_LIMITS), ("experts", spec.num_experts, a, EXPERT_LIMITS))
     for what, size, factor, limits in sizes:
         passed = [limit for limit in limits if size <= limit < factor * size]
         if passed:
             shown = ", ".join(map(str, passed))
             yield f"{name}: {what} {size} → {factor * size} passes {shown}, where some serving kernels stop"
+    sides = (("latent size", latent), ("intermediate size", spec.intermediate_size))
+    for what, size in sides if latent != spec.hidden_size else sides[1:]:
+        if spec.hidden_size >= SMALL and size % ALIGNMENT:
+            yield f"{name}: {what} {size} is no multiple of {ALIGNMENT}, which kernels for 16-bit experts ask for"
+        elif spec.hidden_size >= LARGE and size % BLOCK_SCALE:
+            yield f"{name}: {what} {size} is no multiple of {BLOCK_SCALE}, the blocks in which fp8 experts are scaled"
 
 
 @dataclass(frozen=True)

@@ -223,6 +223,7 @@ def run(job: Job) -> None:
     prepared, specs = _start(job, kept)
     spent = run_report.spent(prepared, job.options.recipe)
     terminal.print_plan(job.console, run_report.plans(prepared, specs), spent)
+    terminal.print_end(job.console, (), _plan_warnings(job, prepared), (), "")
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
     result, evaluation = _heal(job, kept, prepared, specs, before)
     gates: list[Gate] = []

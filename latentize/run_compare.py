@@ -216,7 +216,11 @@ class _Pair:
         tokens = next((row.tokens for row in mine if not row.passed), cut[len(cut) // 2].tokens)
         calls = next(batch.calls for batch in cut if batch.tokens == tokens)
         path = self.options.out / REWRITTEN
-        return [compare_blocks.in_onnxruntime(path, self.rewritten, calls[0], tokens, mine[0].tolerance)]
+        found = compare_blocks.in_onnxruntime(path, self.rewritten, calls[0], tokens, mine[0].tolerance)
+        if not (found.first_over or found.note or all(row.passed for row in mine)):
+            where = "the difference is not in the routed experts: it is in projections or in what surrounds the blocks"
+            found = replace(found, note=where)
+        return [found]
 
     def _latencies(self) -> tuple[Latency, ...]:
         model = self.source.model

@@ -14,6 +14,7 @@ from latentize.conversion import Prepared, Rewritten
 from latentize.errors import LatentizeError
 from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.inputs import Inputs
+from latentize.plan import make_plan
 from latentize.report import OnnxAgreement
 
 if TYPE_CHECKING:
@@ -21,7 +22,15 @@ if TYPE_CHECKING:
 
 
 def original(job: Job, folder: Path) -> Path | None:
-    """The original's graph, exported before the long work: what stops it would stop the rewritten model's too."""
+    """The original's graph, exported before the long work: what stops it would stop the rewritten model's too.
+
+    Checkpoints that were asked for are looked at here too, as far as sizes and routing decide.
+    """
+    if job.options.checkpoints:
+        from latentize.exporters import nemotron_h
+
+        specs = conversion.canonical(job.source.model, job.survey.selected).specs
+        nemotron_h.check(job.source.model, specs, make_plan(specs, job.options.recipe))
     if not job.options.graphs:
         return None
     from latentize import run_onnx
@@ -78,7 +87,8 @@ def graphs(
     with job.steps.step("export"):
         for file in graph.parent.glob(graph.name + "*"):
             shutil.copyfile(file, folder / file.name)
-        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, folder, job.options.onnx_form)
+        form = job.options.onnx_form
+        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, result.blocks, folder, form)
         rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
         rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
     if "tensorrt" in job.options.exports:

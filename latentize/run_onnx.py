@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from latentize.blocks import Block
 from latentize.errors import GateError
 from latentize.inputs import Inputs, runnable_at
 from latentize.recipe import Recipe
@@ -55,8 +57,10 @@ def check_in_form(source: Source, canonical: nn.Module, form: str, folder: Path)
         file.unlink()
 
 
-def export_rewritten(source: Source, model: nn.Module, recipe: Recipe, folder: Path, form: str) -> Path:
-    """Export the rewritten model, with its recipe among the metadata and its experts' bodies in a form.
+def export_rewritten(
+    source: Source, model: nn.Module, recipe: Recipe, blocks: Sequence[Block], folder: Path, form: str
+) -> Path:
+    """Export the rewritten model, its experts' bodies in a form, with its recipe and evidence among the metadata.
 
     Raises:
         LatentizeError: the model cannot be exported.
@@ -64,9 +68,21 @@ def export_rewritten(source: Source, model: nn.Module, recipe: Recipe, folder: P
     from latentize.exporters.onnx import export_onnx
 
     path = folder / REWRITTEN
-    metadata = {"latentize.model": "rewritten", "latentize.recipe": json.dumps(recipe.model_dump(mode="json"))}
+    metadata = {
+        "latentize.model": "rewritten", "latentize.recipe": json.dumps(recipe.model_dump(mode="json")),
+        "latentize.evidence": json.dumps({block.name: evidence(block) for block in blocks}, ensure_ascii=False),
+    }  # fmt: skip
     export_onnx(model, source.args, source.kwargs, path, form=form, metadata=metadata)
     return path
+
+
+def evidence(block: Block) -> dict[str, Any]:
+    """What a block of the original was proved to compute and how closely, or why it was refused."""
+    computes = "" if block.spec is None else block.spec.describe()
+    return {
+        "status": block.status, "reason": block.reason, "computes": computes, "max_error": block.max_error,
+        "probes": {probe.name: probe.error for probe in block.evidence},
+    }  # fmt: skip
 
 
 def agreement(

@@ -27,7 +27,7 @@ from latentize.exporters.onnx_forms import NodeConfig  # noqa: E402
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal  # noqa: E402
 
 N, K, L, M = 6, 3, 8, 5
-COMPOSED = (*FORMS, "moe+unrolled", "gather+batched", "loop+unrolled")
+COMPOSED = (*FORMS, "moe+unrolled", "gather+dense+batched", "gather+moe+batched", "loop+unrolled")
 TOKENS = (1, 3, 16)
 # fp32 on one side, fp64 on the other, sums of at most 24 terms: a few times 1e-7 is expected.
 TOLERANCE = 1e-5
@@ -37,8 +37,8 @@ CLAMPED = Activation("silu", alpha=1.702, gate_max=0.7, up_min=-0.7, up_max=0.7,
 
 @pytest.fixture(autouse=True)
 def both_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A "few+many" form takes its first branch for one token, its second for more."""
-    monkeypatch.setattr(onnx_bodies, "few_pairs", lambda *_: K)
+    """A form of several takes its first branch for one token, its last for many, dense in between for a few."""
+    monkeypatch.setattr(onnx_bodies, "few_pairs", lambda _config, few, _many: 3 * K if few == "dense" else K)
 
 
 def make_experts(*, gated: bool = True, biases: bool = False, activation: Activation | None = None) -> ExpertsSpec:
@@ -202,6 +202,16 @@ def test_unknown_forms_are_refused_by_name() -> None:
 
 def test_the_larger_the_experts_the_earlier_the_unrolled_form_wins() -> None:
     def limit(size: int) -> int:
-        return few_pairs(NodeConfig(64, 8, size, size, TensorProto.FLOAT, Activation(), ("gate",), False), "moe")
+        config = NodeConfig(64, 8, size, size, TensorProto.FLOAT, Activation(), ("gate",), False)
+        return few_pairs(config, "moe", "unrolled")
 
     assert limit(32) > 64 > limit(512) >= 8
+
+
+def test_all_experts_are_run_while_few_are_idle() -> None:
+    def limit(experts: int, k: int) -> int:
+        config = NodeConfig(experts, k, 64, 64, TensorProto.FLOAT, Activation(), ("gate",), False)
+        return few_pairs(config, "dense", "batched")
+
+    assert limit(8, 5) == 1 << 31  # hardly any is idle
+    assert limit(32, 8) // 8 > limit(128, 8) // 8 > limit(128, 2) // 2 > 0  # in tokens

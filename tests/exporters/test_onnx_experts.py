@@ -22,7 +22,9 @@ def make_config(
     ("config", "form"),
     [
         (make_config(), "moe+unrolled"),
-        (make_config(latent=64, m=64), "moe+batched"),
+        (make_config(latent=64, m=64, n=32), "gather+dense+batched"),
+        (make_config(latent=16, m=16, n=32), "dense+batched"),
+        (make_config(latent=64, m=64), "gather+moe+batched"),
         (make_config(activation="gelu"), "unrolled"),
         (make_config(activation="gelu", latent=64, m=64), "gather+batched"),
         (make_config(activation="gelu", n=256), "loop+unrolled"),

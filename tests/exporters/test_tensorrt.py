@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from torch import nn
 
 from latentize.errors import LatentizeError, MissingExtraError
+from latentize.exporters import tensorrt
 from latentize.exporters.tensorrt import build
-from latentize.exporters.tensorrt_profiles import Profile, shapes
+from latentize.exporters.tensorrt_profiles import Profile, choose, fixed_problem, shapes
+from latentize.exporters.tensorrt_run import check_file
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
@@ -94,6 +98,58 @@ def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(importlib.util, "find_spec", without)
     with pytest.raises(MissingExtraError, match=r"'tensorrt-rtx', which is not installed: pip install 'latentize\[t"):
         build(tmp_path)
+
+
+def test_files_that_are_no_engine_or_cut_short_are_refused_without_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "model.portable.engine"
+    whole = b"vtrt" + bytes(12) + (64).to_bytes(8, "little") + bytes(40)
+    path.write_bytes(b"something else")
+    with pytest.raises(LatentizeError, match="is no TensorRT engine; build it with latentize build"):
+        check_file(path)
+    path.write_bytes(whole[:50])
+    with pytest.raises(LatentizeError, match="cut short or damaged: 50 bytes where it names 64"):
+        check_file(path)
+    path.write_bytes(whole)
+    check_file(path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "recipe", "longest", "expected"),
+    [
+        ((), (), None, ["1:1:4x1:16:256"]),
+        ((), (), 64, ["1:1:4x1:16:64"]),
+        ((), ({"batch": (1, 1, 1), "tokens": (1, 8, 32)},), 64, ["1x1:8:32"]),
+        (("1x4:4:16", "1x1"), ({"batch": (1, 1, 1), "tokens": (1, 8, 32)},), 64, ["1x4:4:16", "1x1"]),
+    ],
+)
+def test_profiles_are_those_asked_for_or_the_recipes(asked: Any, recipe: Any, longest: Any, expected: Any) -> None:
+    assert [str(p) for p in choose([Profile.parse(text) for text in asked], recipe, longest)] == expected
+
+
+def test_profiles_that_contradict_the_model_or_the_graph_are_refused() -> None:
+    with pytest.raises(LatentizeError, match="profile 1x1:8:65 asks for 65 tokens, and the model takes 64 at most"):
+        choose([Profile.parse("1x1:8:65")], (), 64)
+    problem = fixed_problem("ids", (-1, 5), False, Profile.parse("1:1:2x1:5:9"))
+    assert "asks for tokens 1:5:9, and axis 1 of input 'ids' is always 5 in the graph" in problem
+    assert fixed_problem("ids", (-1, 5), False, Profile.parse("1:1:2x5")) == ""
+    assert fixed_problem("states", (-1, -1, 16), True, Profile.parse("1x1:5:9")) == ""
+
+
+@pytest.mark.parametrize(
+    ("status", "last", "words"),
+    [(-9, "", "ran out of memory or disk"), (1, "cudaMalloc: out of memory", "ran out"), (134, "abort", "status 134"),
+     (1, "OSError: [Errno 28] No space left on device", "disk")],
+)
+def test_a_worker_that_dies_is_one_line(
+    status: int, last: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = "os.kill(os.getpid(), 9)" if status < 0 else f"sys.exit({status})"
+    script = f"import os, sys; print({last!r}, file=sys.stderr); {end}"
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _command, **kwargs: real([sys.executable, "-c", script], **kwargs))
+    with pytest.raises(LatentizeError, match=words) as error:
+        tensorrt._ask_worker({}, tmp_path, tensorrt.silent)
+    assert error.value.exit_code == (2 if status == 134 else 5)
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,16 @@ from latentize.statistics import BlockStatistics, Sample
 D, M, N, K = 32, 6, 8, 2
 
 
-def make_spec(*, n: int = N, k: int = K, gated: bool = True, dtype: torch.dtype = torch.float32) -> MoESpec:
+def make_spec(
+    *, n: int = N, k: int = K, d: int = D, m: int = M, gated: bool = True, dtype: torch.dtype = torch.float32
+) -> MoESpec:
     g = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(dtype)
 
-    experts = ExpertsSpec(random(n, M, D), random(n, D, M), random(n, M, D) if gated else None)
-    return MoESpec(RouterSpec(random(n, D), k, normalize="sum"), experts)
+    experts = ExpertsSpec(random(n, m, d), random(n, d, m), random(n, m, d) if gated else None)
+    return MoESpec(RouterSpec(random(n, d), k, normalize="sum"), experts)
 
 
 def make_statistics(moment: Tensor, warnings: tuple[str, ...] = ()) -> BlockStatistics:
@@ -104,6 +106,17 @@ def test_consumer_limits_are_said_before_the_work() -> None:
         "layer: experts 128 → 384 passes 128, 256, where some serving kernels stop",
     )
     assert plan(make_spec(n=128, k=8), compression=2, variant="fixed").warnings == ()
+
+
+def test_sizes_that_serving_kernels_do_not_take_are_said_before_the_work() -> None:
+    assert plan(make_spec(d=64, m=12), latent_dim=33, variant="fixed").warnings == (
+        "layer: latent size 33 is no multiple of 8, which kernels for 16-bit experts ask for",
+        "layer: intermediate size 12 is no multiple of 8, which kernels for 16-bit experts ask for",
+    )
+    assert plan(make_spec(d=64, m=16), latent_dim=40, variant="fixed").warnings == ()
+    assert plan(make_spec(n=2, d=1024, m=128), latent_dim=264, variant="fixed").warnings == (
+        "layer: latent size 264 is no multiple of 128, the blocks in which fp8 experts are scaled",
+    )
 
 
 def test_warnings_of_the_statistics_are_passed_on() -> None:

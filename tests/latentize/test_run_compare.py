@@ -1,0 +1,205 @@
+"""`latentize compare` and `build` on a folder that a conversion wrote: numbers in the report, gates, first blocks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import small_moe
+import torch
+from command_line import call
+
+from latentize import report
+from latentize.run_build import describe
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+TWO = """
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Net(), Net()
+    def forward(self, x):
+        return self.b(self.a(x))
+def build_model():
+    torch.manual_seed(0)
+    return Two().eval()
+def batch(seed, rows=64):
+    return (torch.randn(rows, 16, generator=torch.Generator().manual_seed(seed)),)
+def example_inputs():
+    return batch(1, 40)
+def calibration_data():
+    return (batch(seed) for seed in range(2, 4))
+def evaluate(model):
+    wanted = build_model()(*batch(99))
+    return {"error": 1.0 + (model(*batch(99)) - wanted).norm().item() / wanted.norm().item()}
+"""
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    from latentize import cli
+
+    folder = tmp_path_factory.mktemp("converted")
+    (folder / "net.py").write_text(Path(small_moe.__file__).read_text() + TWO)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(folder / "net.py"), "-o", str(folder / "out"), "--latent-dim", "8", "--heal", "0", "--export",
+                  "onnx", "-q"])  # fmt: skip
+    assert not stopped.value.code
+    return folder / "out"
+
+
+@pytest.fixture
+def out(converted, tmp_path):
+    return shutil.copytree(converted, tmp_path / "out")
+
+
+def test_everything_is_measured_printed_and_kept(out, capsys):
+    code, shown, err = call(capsys, "compare", out)
+    assert code == 0, err
+    for words in ("Rewritten against original", "Backends against PyTorch", "Minimum required tolerance of onnxruntime",
+                  "Blocks, rewritten against original", "Latency", "Memory of one call", "Files"):  # fmt: skip
+        assert words in shown, words
+    made = report.read(out).comparison
+    assert made.backends == ("torch", "onnxruntime")
+    assert [row.tokens for row in made.lengths] == [1, 16, 64, 256]
+    assert {(row.model, row.tokens) for row in made.agreement} == {
+        (model, tokens) for model in ("original", "rewritten") for tokens in (1, 16, 64, 256)
+    }
+    assert made.required == {"onnxruntime": max(row.error for row in made.agreement)}
+    assert 0 < made.required["onnxruntime"] < 1e-5
+    assert made.evaluation.metric == "error"
+    against, in_graph = made.blocks
+    assert (list(against.errors), against.first_over, against.tolerance) == (["a.moe", "b.moe"], "", None)
+    assert len(in_graph.errors) == 2
+    assert in_graph.first_over == ""
+    assert {(row.backend, row.tokens) for row in made.latency} >= {("torch", 1), ("onnxruntime", 256)}
+    assert {(row.backend, row.tokens) for row in made.memory} >= {("torch", 1), ("onnxruntime", 256)}
+    assert made.files["model.onnx"] == (out / "model.onnx").stat().st_size
+    assert all(gate.passed for gate in made.gates)
+    page = (out / "report.html").read_text()
+    assert "Minimum required tolerance of onnxruntime" in page
+    assert "b.<wbr>moe" in page
+
+
+@pytest.mark.parametrize("name", ["up", pytest.param("latent_up", marks=pytest.mark.slow)])
+def test_a_graph_with_a_wrong_block_fails_and_the_block_is_named(out, capsys, name):
+    graph = onnx.load(out / "model.onnx")
+    weight = next(i for i in graph.graph.initializer if i.name == f"b.moe.experts.{name}")
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[:] *= 1.01
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, out / "model.onnx")
+    code, shown, err = call(capsys, "compare", out, "--backend", "ort", "--max-tokens", "4")
+    assert code == 4
+    assert "onnxruntime against PyTorch, rewritten, T = 1" in err
+    assert "FAILED" in shown
+    made = report.read(out).comparison
+    assert made.backends == ("onnxruntime",)
+    search = made.blocks[1]
+    assert search.first_over == ("b.moe.experts" if name == "up" else "")  # a, before it, is right
+    assert [error < 1e-5 for error in search.errors.values()] == [True, name != "up"]
+    assert ("not in the routed experts" in search.note) == (name != "up")
+    assert not list(out.glob(".model*"))
+
+
+@pytest.mark.slow
+def test_limits_that_are_asked_for_are_gates(out, capsys):
+    code, _, err = call(capsys, "compare", out, "--backend", "torch", "--max-tokens", "1", "--max-block-error", "0.001",
+                        "--max-loss", "0.0001", "-q")  # fmt: skip
+    assert code == 4
+    assert "error of block a.moe, rewritten against original" in err
+    assert "relative rise of error" in err
+    assert list(report.read(out).comparison.blocks[0].errors) == ["a.moe"]  # the search ends at the first one
+
+
+@pytest.mark.slow
+def test_without_a_report_it_is_only_printed(out, capsys):
+    (out / "report.json").unlink()
+    code, shown, _ = call(capsys, "compare", out, "--backend", "torch", "--max-tokens", "1")
+    assert code == 0
+    assert "only printed" in shown
+    assert not (out / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--backend", "torch,cuda"), "--backend cuda: not known; choose from torch, ort, trt"),
+        (("--backend", "trt"), "holds no engine; build one with latentize build"),
+    ],
+)
+def test_a_backend_that_is_not_there_is_one_line(out, capsys, arguments, words):
+    code, _, err = call(capsys, "compare", out, *arguments)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_truncated_graph_is_refused_by_name(out, capsys):
+    content = (out / "model.onnx").read_bytes()
+    (out / "model.onnx").write_bytes(content[: len(content) // 2])
+    code, _, err = call(capsys, "compare", out)
+    assert code == 2
+    assert "model.onnx: onnxruntime cannot load it" in err
+
+
+def with_profiles(out, profiles):
+    manifest = (out / "latentize.json").read_text()
+    (out / "latentize.json").write_text(manifest.replace('"profiles": []', f'"profiles": {json.dumps(profiles)}'))
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--profile", "1x1:4:64"), "--profile 1x1:4:64 contradicts the recipe, whose profiles are 1x1:4:32"),
+        (("--profile", "4:2:1x1"), "--profile 4:2:1x1: batch 4:2:1 is not in order"),
+        (("--profile", "many"), "--profile 'many': expected BATCHxTOKENS"),
+        (("--target", "SM75"), "TensorRT target 'SM75' is not known: expected one of portable, SM80"),
+        (("--target", "native"), "there is no NVIDIA GPU with a driver here"),
+        (("--experts", "embedded"), "only the full tensorrt (10.9 or newer) embeds kernels"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line(out, capsys, monkeypatch, arguments, words):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with_profiles(out, [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}])
+    code, _, err = call(capsys, "build", out, *arguments)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_build_that_memory_has_no_room_for_is_not_begun(out, capsys, monkeypatch):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("latentize.exporters.tensorrt.free_memory", lambda: 1000)
+    code, _, err = call(capsys, "build", out)
+    assert code == 5
+    assert "GiB of memory (3 copies of its weights)" in err
+
+
+@pytest.mark.slow
+def test_engines_are_built_from_the_recipe_in_another_dtype_and_reported(out, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    with_profiles(out, [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}])
+    code, shown, err = call(capsys, "build", out, "--dtype", "fp16")
+    assert code == 0, err
+    (engine,) = report.read(out).engines
+    assert (engine.file, engine.dtype, engine.experts) == ("model.portable.engine", "float16", "dense")
+    assert list(engine.profiles[0].values()) == [((1, 16), (4, 16), (32, 16))]
+    assert " ".join(describe(engine).split()) in " ".join(shown.split())
+    assert "model.portable.engine" in (out / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_conversion_builds_the_engines_of_its_recipe(converted, tmp_path, capsys):
+    pytest.importorskip("tensorrt_rtx")
+    (tmp_path / "r.yaml").write_text("latent_dim: 8\nheal_steps: 0\nprofiles:\n  - {tokens: [1, 2, 40]}\n")
+    arguments = ("-o", tmp_path / "out", "--recipe", tmp_path / "r.yaml", "--export", "tensorrt")
+    code, shown, err = call(capsys, converted.parent / "net.py", *arguments)
+    assert code == 0, err
+    (engine,) = report.read(tmp_path / "out").engines
+    assert list(engine.profiles[0].values()) == [((1, 16), (2, 16), (40, 16))]
+    assert (tmp_path / "out" / engine.file).stat().st_size == engine.bytes
+    assert "model.portable.engine" in shown
