@@ -16,8 +16,11 @@ from latentize.projections import leading, square_root
 from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, MoESpec
 
-#: Above this many features ΦᵀΦ is not formed and the fit is iterative.
+#: Above this many features ΦᵀΦ is not formed and experts are fitted in turn.
 DENSE_FEATURES = 16384
+
+#: Times that they are: one comes within 7 % of the exact fit's error, three within 1 %.
+SWEEPS = 3
 
 #: Ridge of the fit relative to the mean square of a feature.
 RIDGE = 3e-3
@@ -113,10 +116,10 @@ def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
         start: [N, f, d].
         ridge: λ.
     """
-    residual = phi.transposed_times(target - phi.times(start))
     experts, width, d = start.shape
     if experts * width > DENSE_FEATURES:
-        return start + _conjugate_gradient(phi, residual, ridge)
+        return _expert_by_expert(phi, target, start, ridge)
+    residual = phi.transposed_times(target - phi.times(start))
     normal = phi.gram()
     normal.diagonal().add_(ridge)
     change = torch.linalg.solve(normal, residual.reshape(-1, d).double())
@@ -124,27 +127,23 @@ def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
     return fitted
 
 
-def _conjugate_gradient(phi: Features, residual: Tensor, ridge: float, steps: int = 30) -> Tensor:
-    """(ΦᵀΦ + λ)⁻¹ residual for many features: conjugate gradients, preconditioned by each expert's own block."""
-    blocks = torch.stack([c.T @ c for c in phi.columns]).double()
-    blocks.diagonal(dim1=1, dim2=2).add_(ridge)
-    factors = torch.linalg.cholesky(blocks).to(residual.dtype)
-    solution = torch.zeros_like(residual)
-    step = preconditioned = torch.cholesky_solve(residual, factors)
-    power = (residual * preconditioned).sum((0, 1))
-    first = power.clone()
-    for _ in range(steps):
-        product = phi.transposed_times(phi.times(step)) + ridge * step
-        length = power / (step * product).sum((0, 1)).clamp_min(1e-30)
-        solution = solution + length * step
-        residual = residual - length * product
-        preconditioned = torch.cholesky_solve(residual, factors)
-        following = (residual * preconditioned).sum((0, 1))
-        if (following <= 1e-8 * first).all():
-            break
-        step = preconditioned + following / power.clamp_min(1e-30) * step
-        power = following
-    return solution
+def _expert_by_expert(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """`fit` for many features: each expert in turn explains what the others leave, `SWEEPS` times over all.
+
+    Beside B it holds one expert's own f x f system and what is left of the target [T, d].
+    """
+    fitted, left = start.clone(), target - phi.times(start)
+    for _ in range(SWEEPS):
+        for expert, (token, column) in enumerate(zip(phi.tokens, phi.columns, strict=True)):
+            if not len(token):
+                continue
+            normal = (column.T @ column).double()
+            normal.diagonal().add_(ridge)
+            gradient = column.T @ left[token] - ridge * (fitted[expert] - start[expert])
+            change = torch.cholesky_solve(gradient.double(), torch.linalg.cholesky(normal)).to(fitted.dtype)
+            fitted[expert] += change
+            left.index_add_(0, token, column @ -change)
+    return fitted
 
 
 def coefficients(down: Tensor, down_bias: Tensor | None) -> Tensor:

@@ -141,10 +141,10 @@ def inspect(model: str, *, as_json: bool, quiet: bool, calibrate: bool = False, 
     outlook = None
     if calibrate and proved:
         assert source.calibration is not None
-        with steps.step("calibrate") as progress, conversion.workspace():
+        with steps.step("calibrate") as trials, conversion.workspace():
             batches = conversion.batches_of(source.calibration(), source.model)
             prepared = conversion.prepare(
-                source.model, proved, Recipe(variant="fixed"), batches[:_DRY_BATCHES], sweep=True, progress=progress
+                source.model, proved, Recipe(variant="fixed"), batches[:_DRY_BATCHES], sweep=True, progress=trials
             )
         outlook = Outlook.of(prepared, knee)
     if as_json:
