@@ -12,7 +12,7 @@ from torch import Tensor
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
 from latentize.output_fit import coefficients, damping, factorise, features, fit, selected
-from latentize.plan import BlockPlan
+from latentize.plan import BlockPlan, fits
 from latentize.projections import (
     gram,
     input_projection,
@@ -72,7 +72,7 @@ def initialise(
     compute = torch.promote_types(spec.experts.up.dtype, torch.float32)
     if statistics is None or not statistics.tokens:
         start = expand(_from_weights(spec, plan.latent_dim), plan.experts_factor, plan.topk_factor)
-    elif not len(statistics.sample.hidden):
+    elif not fits(spec, plan.experts_factor, plan.topk_factor, statistics):
         start = expand(_from_moments(spec, plan.latent_dim, statistics), plan.experts_factor, plan.topk_factor)
     else:
         start = _from_activations(spec.to(compute), plan, statistics, reading, seed)
@@ -94,7 +94,7 @@ def _from_weights(spec: MoESpec, rank: int) -> MoESpec:
 
 
 def _from_moments(spec: MoESpec, rank: int, statistics: BlockStatistics) -> MoESpec:
-    """Both projections from the weights and second moments, where no tokens were kept: one expert in memory at a time.
+    """Both projections from the weights and second moments, where tokens cannot be used: one expert at a time.
 
     The output side is truncated and not refitted, which takes tokens.
     """

@@ -26,6 +26,10 @@ SWEEPS = 3
 RIDGE = 3e-3
 
 
+#: Bytes that a fit may take, the fp32 copies of its weights included.
+FIT_BYTES = 16 * 2**30
+
+
 @dataclass(frozen=True)
 class Features:
     """Φ by experts: expert e is non-zero on `tokens[e]` [n_e] only, where it has the columns `columns[e]` [n_e, f]."""
@@ -70,6 +74,14 @@ class Features:
                 total[j * width : (j + 1) * width, i * width : (i + 1) * width] = block.T
             row[self.tokens[i]] = -1
         return total
+
+
+def fit_bytes(spec: MoESpec, tokens: int, experts_factor: int = 1, topk_factor: int = 1) -> int:
+    """Bytes that fitting the output side of a block takes, about: weights, features and coefficients in fp32."""
+    n, m, d = spec.num_experts, spec.intermediate_size, spec.hidden_size
+    weights = n * m * d * (3 if spec.gated else 2)
+    held = (1 + experts_factor) * weights + 3 * experts_factor * n * m * d + tokens * topk_factor * spec.top_k * m
+    return 4 * held
 
 
 def features(spec: MoESpec, hidden: Tensor, routing: Routing) -> Features:

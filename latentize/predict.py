@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 FIT_TOKENS = 4096
 HELD_TOKENS = 2048
 
+#: Weights of a block up to which widths are tried; a larger one would take minutes for each.
+TRIAL_WEIGHTS = 2**24
+
 #: Shares of d at which all blocks are narrowed together.
 TOGETHER = (1 / 2, 1 / 4)
 
@@ -81,7 +84,10 @@ class Trials:
     """Trial starts of all blocks at chosen widths, and what they cost."""
 
     def __init__(self, specs: Mapping[str, MoESpec], statistics: Mapping[str, BlockStatistics], seed: int = 0) -> None:
-        self.specs = {name: spec for name, spec in specs.items() if len(statistics[name].sample.hidden)}
+        self.specs = {
+            name: spec for name, spec in specs.items()
+            if len(statistics[name].sample.hidden) and 3 * spec.experts.up.numel() <= TRIAL_WEIGHTS
+        }  # fmt: skip
         self.seed = seed
         self.statistics = statistics
         self._split = {name: _split(statistics[name]) for name in self.specs}
