@@ -258,8 +258,8 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
                 "statistics", dict[str, BlockStatistics],
                 lambda: conversion.measure(conversion.canonical(model, selected), recipe, job.batches, progress),
             )  # fmt: skip
-    with job.steps.step("plan"):
-        prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics)
+    with job.steps.step("plan") as progress:
+        prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics, progress=progress)
         run_export.check_checkpoints(job, prepared)
     with job.steps.step("initialise") as progress:
         specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))
