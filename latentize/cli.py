@@ -58,7 +58,7 @@ def cli(context: click.Context) -> None:
         context.exit(2)
 
 
-class _Compression(click.ParamType):
+class _Compression(click.ParamType[Any]):
     """A number, or "auto"; the recipe says which numbers."""
 
     name = "A"

@@ -12,7 +12,7 @@ from torch import Tensor
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
 from latentize.output_fit import coefficients, damping, factorise, features, fit, selected
-from latentize.plan import BlockPlan
+from latentize.plan import BlockPlan, fits
 from latentize.projections import (
     gram,
     input_projection,
@@ -72,6 +72,8 @@ def initialise(
     compute = torch.promote_types(spec.experts.up.dtype, torch.float32)
     if statistics is None or not statistics.tokens:
         start = expand(_from_weights(spec, plan.latent_dim), plan.experts_factor, plan.topk_factor)
+    elif not fits(spec, plan.experts_factor, plan.topk_factor, statistics):
+        start = expand(_from_moments(spec, plan.latent_dim, statistics), plan.experts_factor, plan.topk_factor)
     else:
         start = _from_activations(spec.to(compute), plan, statistics, reading, seed)
     return _in_dtypes_of(start, spec)
@@ -89,6 +91,20 @@ def _from_weights(spec: MoESpec, rank: int) -> MoESpec:
     moment = torch.eye(spec.hidden_size, dtype=torch.float64, device=spec.experts.up.device)
     down = input_projection(gram(spec.experts, loads, loads), moment, rank)
     return narrow(spec, down, repeat(down.T, spec.num_experts), leading(output_gram(spec.experts, loads), rank))
+
+
+def _from_moments(spec: MoESpec, rank: int, statistics: BlockStatistics) -> MoESpec:
+    """Both projections from the weights and second moments, where tokens cannot be used: one expert at a time.
+
+    The output side is truncated and not refitted, which takes tokens.
+    """
+    loads = statistics.counts[: spec.num_experts].double() / statistics.tokens
+    moment = shrink(statistics.input_moment, statistics.tokens)
+    down = input_projection(gram(spec.experts, loads, loads), moment, rank)
+    compute = torch.promote_types(spec.experts.up.dtype, torch.float32)
+    guess = reconstruction(down, moment).to(compute)
+    up = leading(statistics.output_moment, rank).to(compute)
+    return narrow(spec, down, repeat(guess, spec.num_experts), up)
 
 
 def _from_activations(

@@ -16,11 +16,18 @@ from latentize.projections import leading, square_root
 from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, MoESpec
 
-#: Above this many features ΦᵀΦ is not formed and the fit is iterative.
+#: Above this many features ΦᵀΦ is not formed and experts are fitted in turn.
 DENSE_FEATURES = 16384
+
+#: Times that they are: one comes within 7 % of the exact fit's error, three within 1 %.
+SWEEPS = 3
 
 #: Ridge of the fit relative to the mean square of a feature.
 RIDGE = 3e-3
+
+
+#: Bytes that a fit may take, the fp32 copies of its weights included.
+FIT_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,14 @@ class Features:
         return total
 
 
+def fit_bytes(spec: MoESpec, tokens: int, experts_factor: int = 1, topk_factor: int = 1) -> int:
+    """Bytes that fitting the output side of a block takes, about: weights, features and coefficients in fp32."""
+    n, m, d = spec.num_experts, spec.intermediate_size, spec.hidden_size
+    weights = n * m * d * (3 if spec.gated else 2)
+    held = (1 + experts_factor) * weights + 3 * experts_factor * n * m * d + tokens * topk_factor * spec.top_k * m
+    return 4 * held
+
+
 def features(spec: MoESpec, hidden: Tensor, routing: Routing) -> Features:
     """Φ of a block on hidden [T, d] under a routing, in the dtype of `hidden`."""
     tokens, columns = [], []
@@ -113,10 +128,10 @@ def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
         start: [N, f, d].
         ridge: λ.
     """
-    residual = phi.transposed_times(target - phi.times(start))
     experts, width, d = start.shape
     if experts * width > DENSE_FEATURES:
-        return start + _conjugate_gradient(phi, residual, ridge)
+        return _expert_by_expert(phi, target, start, ridge)
+    residual = phi.transposed_times(target - phi.times(start))
     normal = phi.gram()
     normal.diagonal().add_(ridge)
     change = torch.linalg.solve(normal, residual.reshape(-1, d).double())
@@ -124,27 +139,23 @@ def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
     return fitted
 
 
-def _conjugate_gradient(phi: Features, residual: Tensor, ridge: float, steps: int = 30) -> Tensor:
-    """(ΦᵀΦ + λ)⁻¹ residual for many features: conjugate gradients, preconditioned by each expert's own block."""
-    blocks = torch.stack([c.T @ c for c in phi.columns]).double()
-    blocks.diagonal(dim1=1, dim2=2).add_(ridge)
-    factors = torch.linalg.cholesky(blocks).to(residual.dtype)
-    solution = torch.zeros_like(residual)
-    step = preconditioned = torch.cholesky_solve(residual, factors)
-    power = (residual * preconditioned).sum((0, 1))
-    first = power.clone()
-    for _ in range(steps):
-        product = phi.transposed_times(phi.times(step)) + ridge * step
-        length = power / (step * product).sum((0, 1)).clamp_min(1e-30)
-        solution = solution + length * step
-        residual = residual - length * product
-        preconditioned = torch.cholesky_solve(residual, factors)
-        following = (residual * preconditioned).sum((0, 1))
-        if (following <= 1e-8 * first).all():
-            break
-        step = preconditioned + following / power.clamp_min(1e-30) * step
-        power = following
-    return solution
+def _expert_by_expert(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """`fit` for many features: each expert in turn explains what the others leave, `SWEEPS` times over all.
+
+    Beside B it holds one expert's own f x f system and what is left of the target [T, d].
+    """
+    fitted, left = start.clone(), target - phi.times(start)
+    for _ in range(SWEEPS):
+        for expert, (token, column) in enumerate(zip(phi.tokens, phi.columns, strict=True)):
+            if not len(token):
+                continue
+            normal = (column.T @ column).double()
+            normal.diagonal().add_(ridge)
+            gradient = column.T @ left[token] - ridge * (fitted[expert] - start[expert])
+            change = torch.cholesky_solve(gradient.double(), torch.linalg.cholesky(normal)).to(fitted.dtype)
+            fitted[expert] += change
+            left.index_add_(0, token, column @ -change)
+    return fitted
 
 
 def coefficients(down: Tensor, down_bias: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from latentize.allocate import Option, widths, within_cost, within_loss
 from latentize.errors import LatentizeError
 from latentize.forecast import Curve, Forecast
+from latentize.output_fit import FIT_BYTES, fit_bytes
 from latentize.projections import gram, output_gram, shrink, spectrum
 from latentize.recipe import Recipe
 from latentize.rescale import check_factors
@@ -82,6 +83,7 @@ def make_plan(
     check_plan(specs, recipe)
     statistics = statistics or {}
     spectra = {name: Spectra.of(spec, statistics.get(name)) for name, spec in specs.items()}
+    blind = forecast is None
     forecast = forecast or Forecast({})
     known = {name: forecast.curves.get(name) or spectra[name].curve() for name in specs}
     chosen = allocate(specs, recipe, replace(forecast, curves=known)) if recipe.auto else {}
@@ -94,7 +96,7 @@ def make_plan(
             effective_rank=effective_rank(spectra[name].input),
             predicted_error=known[name].error_at(plan.latent_dim),
             predicted_loss=known[name].loss_at(plan.latent_dim),
-            warnings=(*plan.warnings, *(said.warnings if said is not None else ())),
+            warnings=(*plan.warnings, *_cautions(spec, plan, said, tried=blind or name in forecast.curves)),
         )
     return _together(plans, forecast)
 
@@ -109,6 +111,28 @@ def _together(plans: dict[str, BlockPlan], forecast: Forecast) -> dict[str, Bloc
         name: plan if plan.predicted_loss is None else replace(plan, predicted_loss=scale * plan.predicted_loss)
         for name, plan in plans.items()
     }
+
+
+def fits(spec: MoESpec, experts_factor: int, topk_factor: int, statistics: BlockStatistics) -> bool:
+    """Whether there are tokens to fit a block's output side on, and memory to do it in."""
+    tokens = len(statistics.sample.hidden)
+    return tokens > 0 and fit_bytes(spec, tokens, experts_factor, topk_factor) <= FIT_BYTES
+
+
+def _cautions(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics | None, *, tried: bool) -> Iterator[str]:
+    """What the data and the size of a block leave open."""
+    if statistics is None:
+        return
+    yield from statistics.warnings
+    tokens = len(statistics.sample.hidden)
+    if tokens and not fits(spec, plan.experts_factor, plan.topk_factor, statistics):
+        size = fit_bytes(spec, tokens, plan.experts_factor, plan.topk_factor) / 2**30
+        yield (
+            f"{plan.name}: its output side is truncated and not fitted: a fit would take {size:,.0f} GiB, "
+            f"more than {FIT_BYTES / 2**30:.0f}"
+        )
+    if tokens and not tried:
+        yield f"{plan.name}: too large to try widths on: its error is predicted from spectra"
 
 
 def check_plan(specs: Mapping[str, MoESpec], recipe: Recipe) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from latentize.allocate import tried_widths
 from latentize.compare import output_agreement
+from latentize.errors import LatentizeError
 from latentize.forecast import Curve, Forecast
 from latentize.initialise import initialise, routed_only
 from latentize.moe import LatentMoE
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 #: Sampled tokens that a trial start is computed from, and other ones that it is judged on as well.
 FIT_TOKENS = 4096
 HELD_TOKENS = 2048
+
+#: Weights of a block up to which widths are tried; a larger one would take minutes for each.
+TRIAL_WEIGHTS = 2**24
 
 #: Shares of d at which all blocks are narrowed together.
 TOGETHER = (1 / 2, 1 / 4)
@@ -58,16 +62,20 @@ def predict(prepared: Prepared, recipe: Recipe, *, sweep: bool = False, progress
     for i, widths in enumerate(tried):
         starts = trials.start(widths, progress)
         total = trials.total(widths)
-        if i in joint and total:
-            measured.append((total, _loss_of(prepared, starts)))
+        loss = _loss_of(prepared, starts) if i in joint and total else None
+        if total and loss is not None:
+            measured.append((total, loss))
     return Forecast(trials.curves(), _rising(measured))
 
 
-def _loss_of(prepared: Prepared, starts: Mapping[str, MoESpec]) -> float:
-    """The loss of the model with all its blocks narrowed, on one batch."""
+def _loss_of(prepared: Prepared, starts: Mapping[str, MoESpec]) -> float | None:
+    """The loss of the model with all its blocks narrowed, on one batch; None where its outputs cannot be compared."""
     blocks = {name: LatentMoE(starts.get(name, block.spec)) for name, block in prepared.teacher.blocks.items()}
     narrowed = replace_blocks(prepared.model, prepared.selected, blocks)
-    found = output_agreement(prepared.model, narrowed, prepared.batches[:1])
+    try:
+        found = output_agreement(prepared.model, narrowed, prepared.batches[:1])
+    except LatentizeError:
+        return None
     return found.relative**2 if found.kl_mean is None else found.kl_mean
 
 
@@ -81,7 +89,10 @@ class Trials:
     """Trial starts of all blocks at chosen widths, and what they cost."""
 
     def __init__(self, specs: Mapping[str, MoESpec], statistics: Mapping[str, BlockStatistics], seed: int = 0) -> None:
-        self.specs = {name: spec for name, spec in specs.items() if len(statistics[name].sample.hidden)}
+        self.specs = {
+            name: spec for name, spec in specs.items()
+            if len(statistics[name].sample.hidden) and 3 * spec.experts.up.numel() <= TRIAL_WEIGHTS
+        }  # fmt: skip
         self.seed = seed
         self.statistics = statistics
         self._split = {name: _split(statistics[name]) for name in self.specs}

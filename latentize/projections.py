@@ -34,25 +34,33 @@ def shrink(moment: Tensor, tokens: int) -> Tensor:
 
 
 def gram(experts: ExpertsSpec, gate_loads: Tensor, up_loads: Tensor) -> Tensor:
-    """Σ_e gate_eᵀ diag(gate_loads_e) gate_e + up_eᵀ diag(up_loads_e) up_e, [d, d] in fp64; loads [N] or [N, m]."""
+    """Σ_e gate_eᵀ diag(gate_loads_e) gate_e + up_eᵀ diag(up_loads_e) up_e, [d, d] in fp64; loads [N] or [N, m].
+
+    One expert at a time: its own products are in fp32, or in fp64 where its weights are.
+    """
     d = experts.up.shape[-1]
     total = torch.zeros(d, d, dtype=torch.float64, device=experts.up.device)
     for expert in range(experts.up.shape[0]):
         for weights, loads in ((experts.gate, gate_loads), (experts.up, up_loads)):
             if weights is not None:
-                rows = weights[expert].double()
-                total += rows.T @ (rows * loads[expert].double().reshape(-1, 1))
+                rows = _precise(weights[expert])
+                total += rows.T @ (rows * loads[expert].to(rows.dtype).reshape(-1, 1))
     return total
 
 
 def output_gram(experts: ExpertsSpec, loads: Tensor) -> Tensor:
-    """Σ_e loads_e down_e down_eᵀ, [d, d] in fp64; loads [N]."""
+    """Σ_e loads_e down_e down_eᵀ, [d, d] in fp64, summed as in `gram`; loads [N]."""
     d = experts.down.shape[1]
     total = torch.zeros(d, d, dtype=torch.float64, device=experts.down.device)
     for expert in range(experts.down.shape[0]):
-        columns = experts.down[expert].double()
+        columns = _precise(experts.down[expert])
         total += loads[expert].double() * (columns @ columns.T)
     return total
+
+
+def _precise(weights: Tensor) -> Tensor:
+    """In at least fp32."""
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
 def spectrum(expert_gram: Tensor, moment: Tensor) -> Tensor:

@@ -143,10 +143,10 @@ def inspect(model: str, *, as_json: bool, quiet: bool, calibrate: bool = False, 
     outlook = None
     if calibrate and proved:
         assert source.calibration is not None
-        with steps.step("calibrate") as progress, conversion.workspace():
+        with steps.step("calibrate") as trials, conversion.workspace():
             batches = conversion.batches_of(source.calibration(), source.model)
             prepared = conversion.prepare(
-                source.model, proved, Recipe(variant="fixed"), batches[:_DRY_BATCHES], sweep=True, progress=progress
+                source.model, proved, Recipe(variant="fixed"), batches[:_DRY_BATCHES], sweep=True, progress=trials
             )
         outlook = Outlook.of(prepared, knee)
     if as_json:
@@ -261,8 +261,8 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
                 "statistics", dict[str, BlockStatistics],
                 lambda: conversion.measure(conversion.canonical(model, selected), recipe, job.batches, progress),
             )  # fmt: skip
-    with job.steps.step("plan"):
-        prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics)
+    with job.steps.step("plan") as progress:
+        prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics, progress=progress)
         run_export.check_checkpoints(job, prepared)
     with job.steps.step("initialise") as progress:
         specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))

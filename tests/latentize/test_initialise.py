@@ -296,3 +296,14 @@ def test_input_sensitivity_is_the_mean_squared_jacobian(kind: str) -> None:
     expected = (jacobians.transpose(1, 2) @ metric @ jacobians).mean(0)
     # 4 random products for each of 600 tokens.
     assert (found - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["gated", "biases", "identities"])
+def test_second_moments_alone_beat_weights_alone(kind: str) -> None:
+    spec, hidden = make_spec(**KINDS[kind]), text_like(2048)
+    statistics = measure(spec, hidden)
+    sample = statistics.sample
+    none = replace(sample, hidden=sample.hidden[:0], weights=sample.weights[:0], indices=sample.indices[:0])
+    moments = start(spec, replace(statistics, sample=none), latent_dim=8, variant="fixed")
+    assert error(spec, moments, hidden) < 0.8 * error(spec, start(spec, None, latent_dim=8, variant="fixed"), hidden)
+    assert error(spec, start(spec, statistics, latent_dim=8, variant="fixed"), hidden) < error(spec, moments, hidden)

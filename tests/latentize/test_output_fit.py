@@ -61,6 +61,7 @@ def test_products_and_gram_are_those_of_the_dense_matrix() -> None:
 @pytest.mark.parametrize("most", [output_fit.DENSE_FEATURES, 0], ids=["dense", "iterative"])
 def test_the_fit_is_ridge_regression_towards_the_start(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_fit, "DENSE_FEATURES", most)
+    monkeypatch.setattr(output_fit, "SWEEPS", 100)
     spec = make_spec()
     x, y = random(T, D, seed=6), random(T, D, seed=7)
     start = random(N, M, D, seed=9)
@@ -68,9 +69,25 @@ def test_the_fit_is_ridge_regression_towards_the_start(most: int, monkeypatch: p
     matrix, before = dense(phi), start.flatten(0, 1)
     normal = matrix.T @ matrix + 3.0 * torch.eye(N * M, dtype=torch.float64)
     expected = before + torch.linalg.solve(normal, matrix.T @ (y - matrix @ before))
-    # The iteration stops at a relative residual of 1e-4 in the preconditioned norm.
-    tolerance = 1e-10 if most else 2e-3
-    torch.testing.assert_close(fit(phi, y, start, 3.0).flatten(0, 1), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(fit(phi, y, start, 3.0).flatten(0, 1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_few_sweeps_over_the_experts_gain_nearly_all_there_is_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec()
+    x = random(T, D, seed=6)
+    phi = features(spec, x, router_forward(spec, x))
+    y = phi.times(random(N, M, D, seed=7)) + 0.1 * random(T, D, seed=8)
+    start = torch.zeros(N, M, D, dtype=torch.float64)
+
+    def loss(fitted: Tensor) -> float:
+        return ((y - phi.times(fitted)).square().sum() + 0.5 * fitted.square().sum()).item()
+
+    best = loss(fit(phi, y, start, 0.5))
+    monkeypatch.setattr(output_fit, "DENSE_FEATURES", 0)
+    swept = fit(phi, y, start, 0.5)
+    assert best <= loss(swept)
+    assert loss(start) - loss(swept) > 0.97 * (loss(start) - best)
+    assert not start.any()
 
 
 def test_an_expert_without_tokens_stays_at_the_start() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from latentize.errors import LatentizeError
+from latentize.forecast import Curve, Forecast
 from latentize.plan import BlockPlan, effective_rank, make_plan
 from latentize.recipe import Recipe
 from latentize.spec import ExpertsSpec, Groups, LatentSpec, MoESpec, RouterSpec
@@ -145,3 +146,25 @@ def test_warnings_of_the_statistics_are_passed_on() -> None:
 def test_impossible_plans_name_the_block(spec: MoESpec, recipe: dict[str, object], message: str) -> None:
     with pytest.raises(LatentizeError, match=message):
         plan(spec, **recipe)
+
+
+def test_a_block_whose_output_side_cannot_be_fitted_says_so_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    statistics = make_statistics(torch.eye(D, dtype=torch.float64))
+    tokens = Sample(torch.zeros(64, D), None, torch.zeros(64, K), torch.zeros(64, K, dtype=torch.long))
+    statistics = replace(statistics, sample=tokens)
+    assert plan(make_spec(), statistics, compression=2).warnings == ()
+    monkeypatch.setattr("latentize.plan.FIT_BYTES", 1000)
+    (warning,) = plan(make_spec(), statistics, compression=2).warnings
+    assert warning.startswith("layer: its output side is truncated and not fitted: a fit would take")
+
+
+def test_a_block_that_no_trial_was_made_of_says_what_its_error_rests_on() -> None:
+    tokens = Sample(torch.zeros(64, D), None, torch.zeros(64, K), torch.zeros(64, K, dtype=torch.long))
+    statistics = {"layer": replace(make_statistics(torch.eye(D, dtype=torch.float64)), sample=tokens)}
+    untried = make_plan({"layer": make_spec()}, Recipe(), statistics, Forecast({}))["layer"]
+    assert untried.warnings == ("layer: too large to try widths on: its error is predicted from spectra",)
+    curve = Curve((16, 32), (0.25, 0.0), (0.01, 0.0))
+    forecast = Forecast({"layer": curve}, ((0.01, 0.03),))
+    tried = make_plan({"layer": make_spec()}, Recipe(), statistics, forecast)["layer"]
+    assert tried.warnings == ()
+    assert (tried.predicted_error, tried.predicted_loss) == (0.25, pytest.approx(0.03))

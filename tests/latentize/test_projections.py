@@ -80,3 +80,12 @@ def test_the_metric_has_mean_one_and_is_never_singular() -> None:
     assert 1.0 <= values.mean() <= 1.02
     assert values.min() > 5e-3
     assert torch.equal(metric(None, D), torch.eye(D, dtype=torch.float64))
+
+
+def test_grams_of_bf16_weights_are_summed_beyond_their_precision() -> None:
+    experts = make_experts()
+    rounded = ExpertsSpec(experts.up.bfloat16(), experts.down.bfloat16(), experts.gate.bfloat16())
+    exact = ExpertsSpec(rounded.up.double(), rounded.down.double(), rounded.gate.double())
+    loads = random(N, seed=4).exp()
+    torch.testing.assert_close(gram(rounded, loads, loads), gram(exact, loads, loads), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output_gram(rounded, loads), output_gram(exact, loads), rtol=1e-5, atol=1e-5)
