@@ -22,7 +22,7 @@ from latentize.heal_model import heal_model
 from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
 from latentize.heal_splice import token_embeddings
-from latentize.heal_state import Checkpoint, Trainables, training_room
+from latentize.heal_state import Checkpoint, Trainables, contiguous, training_room
 from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad, expert_load
 from latentize.moe import LatentMoE
@@ -65,21 +65,22 @@ def heal(
     train, held_out, notes = split_batches(calibration, steps)
     with training_room(seed, student, teacher):
         trainables = Trainables(student_blocks, teacher)
-        held_out = _usable(teacher, held_out, notes)
-        loss = OutputLoss.of(teacher, held_out[0])
-        fingerprint = {
-            "seed": seed,
-            "plan": {k: v for k, v in asdict(steps).items() if k != "save_seconds"},
-            "batches": len(calibration),
-            "parameters": trainables.shapes(),
-        }
-        job = Job(
-            student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
-            progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
-            piece_count(teacher, train[0], steps.piece_tokens, steps.pieces),
-            token_embeddings((teacher, student), held_out[0]) if loss.kind == "kl" else [],
-        )  # fmt: skip
-        return _run(job)
+        with contiguous(teacher_blocks):
+            held_out = _usable(teacher, held_out, notes)
+            loss = OutputLoss.of(teacher, held_out[0])
+            fingerprint = {
+                "seed": seed,
+                "plan": {k: v for k, v in asdict(steps).items() if k != "save_seconds"},
+                "batches": len(calibration),
+                "parameters": trainables.shapes(),
+            }
+            job = Job(
+                student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
+                progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
+                piece_count(teacher, train[0], steps.piece_tokens, steps.pieces),
+                token_embeddings((teacher, student), held_out[0]) if loss.kind == "kl" else [],
+            )  # fmt: skip
+            return _run(job)
 
 
 def _run(job: Job) -> HealReport:

@@ -164,10 +164,12 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
     try:
         for module, _ in modes:
             module.training = False
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
         with buffers_kept(*models), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
             yield
@@ -179,8 +181,25 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
         raise ResourceError(_MEMORY) from error
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filling
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def contiguous(blocks: Mapping[str, LatentMoE]) -> Iterator[None]:
+    """The parameters of `blocks` in contiguous memory while inside: those of a canonical block can be views into wider
+    tensors, which the compiled kernels do not take.
+    """
+    strided = [p for block in blocks.values() for p in block.parameters() if not p.is_contiguous()]
+    views = [p.data for p in strided]
+    try:
+        for parameter in strided:
+            parameter.data = parameter.data.contiguous()
+        yield
+    finally:
+        for parameter, view in zip(strided, views, strict=True):
+            parameter.data = view
 
 
 _MEMORY = (

@@ -2,6 +2,7 @@
 
 Vyas et al., "SOAP: Improving and Stabilizing Shampoo using Adam" (2024), arXiv:2409.11321, algorithm 3: second moments
 are kept in the eigenbases of E[G Gᵀ] and E[Gᵀ G], which are refreshed now and then by one step of subspace iteration.
+The mean of the gradients is kept in them too.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ class Soap(torch.optim.Optimizer):
                 return  # in its own bases the first gradient is diagonal: its other second moments are rounding noise
         state["step"] += 1
         step = state["step"]
-        state["mean"].lerp_(gradient, 1 - beta1)
         turned = _turn(gradient, state)
+        state["mean"].lerp_(turned, 1 - beta1)
         state["square"].lerp_(turned.square(), 1 - beta2)
         scale = (state["square"] / (1 - beta2**step)).sqrt().add_(group["eps"])
-        update = _turn(state["mean"] / (1 - beta1**step), state).div_(scale)
+        update = (state["mean"] / (1 - beta1**step)).div_(scale)
         parameter.add_(_turn_back(update, state), alpha=-group["lr"])
         if gradient.ndim > 1:
             _follow_factors(state, gradient, 1 - beta2)
@@ -88,7 +89,7 @@ def _follow_factors(state: dict[str, Any], gradient: Tensor, weight: float) -> N
 
 
 def _refresh_bases(state: dict[str, Any]) -> None:
-    """One step of subspace iteration per side, the second moments kept with their directions."""
+    """One step of subspace iteration per side; the mean is turned along, second moments stay with their directions."""
     for side, axis in (("row", -2), ("column", -1)):
         if f"{side}_factor" not in state:
             continue
@@ -98,7 +99,10 @@ def _refresh_bases(state: dict[str, Any]) -> None:
         moved = moved.gather(-1, order.unsqueeze(-2).expand_as(moved))
         along = order.unsqueeze(-1) if axis == -2 else order.unsqueeze(-2)
         state["square"] = state["square"].gather(axis, along.expand_as(state["square"]))
-        state[f"{side}_basis"] = torch.linalg.qr(moved).Q
+        refreshed = torch.linalg.qr(moved).Q
+        turn = refreshed.mT @ basis
+        state["mean"] = turn @ state["mean"] if axis == -2 else state["mean"] @ turn.mT
+        state[f"{side}_basis"] = refreshed
 
 
 def _turn(value: Tensor, state: dict[str, Any]) -> Tensor:

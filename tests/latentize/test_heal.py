@@ -146,6 +146,22 @@ def test_parameters_shared_with_the_teacher_are_trained_as_copies():
     assert not torch.equal(student.blocks[0].router.weight, before)
 
 
+def test_a_teacher_of_views_is_read_contiguously_and_gets_its_views_back():
+    straight = pair()
+    strided = pair()
+    views = []
+    for block in strided[3].values():
+        both = torch.cat([block.experts.gate.data, block.experts.up.data], 1)
+        block.experts.gate.data, block.experts.up.data = both.split(12, 1)
+        views += [block.experts.gate, block.experts.up]
+    assert not any(p.is_contiguous() for p in views)
+    places = [p.data_ptr() for p in views]
+    heal(*straight, batches(), steps=QUICK, seed=0)
+    heal(*strided, batches(), steps=QUICK, seed=0)
+    assert same(weights(straight[2]), weights(strided[2]))
+    assert [p.data_ptr() for p in views] == places
+
+
 def test_zero_steps_change_nothing_and_are_measured():
     student, teacher, student_blocks, teacher_blocks = pair()
     before = weights(student_blocks)
