@@ -22,7 +22,7 @@ def test_they_survive_what_is_kept_of_a_recipe():
 @pytest.mark.parametrize(
     "profile, words",
     [
-        ({"tokens": [16, 1, 256]}, r"profiles\.0\.tokens = .*16, 1, 256 is not in order"),
+        ({"tokens": [16, 1, 256]}, r"profiles\.0\.tokens: 16, 1, 256 is not in order"),
         ({"tokens": 0}, r"0, 0, 0 is not in order"),
         ({"tokens": [1, 2]}, r"profiles\.0\.tokens"),
         ({"batch": 1}, r"profiles\.0\.tokens"),
