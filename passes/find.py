@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from latentize import ops
 from latentize.blocks import Block
 from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
@@ -59,7 +60,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[object, ...]] = set()
-    with untouched(model), _threads(model), _cheap_collections(), _device(model):
+    with untouched(model), _threads(model), _cheap_collections(), _device(model), ops.plain():
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
                 if item.site is None or all(item.site != other.site for items in found.values() for other in items):
