@@ -22,6 +22,7 @@ from latentize.activations import Activation
 from latentize.kernels_torch import Experts
 
 _checked: ContextVar[bool] = ContextVar("latentize_checked", default=False)
+_plain: ContextVar[bool] = ContextVar("latentize_plain", default=False)
 
 _TENSORS = (
     "Tensor hidden, Tensor indices, Tensor weights, Tensor? gate, Tensor up, Tensor down, "
@@ -76,6 +77,16 @@ def compute(
         a.name, a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset, weights_on_input,
     )  # fmt: skip
     return combined
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Plain torch computes inside: what is small and done once need not wait for a compiler."""
+    token = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(token)
 
 
 @contextmanager
@@ -141,6 +152,8 @@ def _forward(hidden: Tensor, indices: Tensor, weights: Tensor, *rest: Any) -> Te
     experts, activation, weights_on_input = Experts(*rest[:6]), Activation(*rest[6:13]), rest[13]
     _check(hidden, indices, weights, experts)
     arguments = (hidden, indices, weights, experts, activation, weights_on_input)
+    if _plain.get():
+        return kernels_torch.forward(*arguments)
     if kernels_triton.serves(hidden, experts):
         return kernels_triton.forward(*arguments)
     native = kernels_native.serves(hidden, experts) and kernels_native.pays(indices, experts)

@@ -211,7 +211,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _keep(self, tensors: Iterable[Tensor]) -> None:
-        self.kept_bytes += sum(t.nbytes for t in tensors)
+        self.kept_bytes += sum(t.nbytes for t in tensors if t.layout == torch.strided)
         if self.kept_bytes > MOST_BYTES:
             raise RecordingTooLargeError(f"its run holds more than {MOST_BYTES / 2**30:.0f} GiB of intermediate values")
 

@@ -88,7 +88,8 @@ def grouped_mm(
     if a.dim() == 2 and b.dim() == 3:
         out = a.new_zeros(a.shape[0], b.shape[2])
         for group, (start, end) in enumerate(spans):
-            out[start:end] = a[start:end] @ b[group]
+            if end > start:
+                out[start:end] = a[start:end] @ b[group]
     elif a.dim() == 2:
         out = torch.stack([a[:, start:end] @ b[start:end] for start, end in spans])
     else:

@@ -13,33 +13,24 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from latentize import ops
 from latentize.blocks import Block
-from latentize.moe import LatentMoE
-from latentize.passes import graph
+from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
-from latentize.passes.double import in_double
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
 from latentize.passes.probes import Inputs, Prober
-from latentize.passes.rewrite import replace_at
 from latentize.passes.scan import CLIMB, Scan, scan, untouched
 from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
 from latentize.passes.trial import Trial, lift_module, mixtures_in, named_state
 from latentize.passes.unreadable import unreadable
-from latentize.passes.verify import EMPTY, Candidate, difference, run_double, verify
+from latentize.passes.verify import EMPTY, Candidate, run_double, verify
 from latentize.spec import MoESpec
 
 _log = logging.getLogger(__name__)
-
-#: Relative error of a whole model's outputs; rounding and ties may have grown through its layers.
-TOGETHER = 2e-2
-#: The same in fp64, where nothing but the rounding of weights that are computed from others grows.
-TOGETHER_DOUBLE = 1e-4
-#: Parameters of a model that is analysed on one thread, and compared as a whole in fp64.
-SMALL = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -69,7 +60,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
         return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[object, ...]] = set()
-    with untouched(model), _threads(model), _cheap_collections(), _device(model):
+    with untouched(model), _threads(model), _cheap_collections(), _device(model), ops.plain():
         for chain in seen.chains:
             for item in _in_chain(seen, chain, done):
                 if item.site is None or all(item.site != other.site for items in found.values() for other in items):
@@ -82,43 +73,18 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
 
 
 def _hold_together(model: nn.Module, inputs: Inputs, found: list[Found]) -> list[Found]:
-    """The blocks, refused if the whole model computes something else once all of them are in canonical form.
-
-    It is asked on its example inputs and on others that it takes, one token and more than it was given.
-    """
-    moes = {i.block.name: i for i in found if i.block.status == "moe"}
-    if not moes:
+    """The blocks, refused if the whole model computes something else once all of them are in canonical form."""
+    moes = [i for i in found if i.block.status == "moe" and i.site is not None and i.block.spec is not None]
+    reason = together.disagreement(
+        model,
+        inputs,
+        {i.block.name: i.site for i in moes if i.site is not None},
+        {i.block.name: i.block.spec for i in moes if i.block.spec is not None},
+        {i.block.name: i.template for i in moes if i.template is not None},
+    )
+    if not reason:
         return found
-    blocks = {name: LatentMoE(spec) for name, i in moes.items() if (spec := i.block.spec) is not None}
-    places = {name: i.site for name, i in moes.items() if i.site is not None}
-    templates = {name: i.template for name, i in moes.items() if i.template is not None}
-    tried = [inputs, *_accepted(model, Prober.of(model, inputs).others())]
-    try:
-        whole = replace_at(model, places, blocks, templates=templates)
-        error = max(difference(model, whole, item) for item in tried)
-        if error <= TOGETHER and (not _is_small(model) or _hold_in_double(model, places, blocks, templates, tried)):
-            return found
-        reason = f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
-    except Exception as error:  # a captured graph may hold for some sizes only
-        _log.debug("running the model in canonical form failed", exc_info=True)
-        reason = f"with its blocks in canonical form the whole model does not run: {_line(error)}"
     return [Found(_refused(i.block.name, reason)) if i.block.status == "moe" else i for i in found]
-
-
-def _hold_in_double(
-    model: nn.Module,
-    places: Mapping[str, Site],
-    blocks: Mapping[str, LatentMoE],
-    templates: Mapping[str, fx.GraphModule],
-    tried: list[Inputs],
-) -> bool:
-    """Whether the rewritten model still computes the same when both are run in fp64."""
-    if any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters()):
-        return True
-    double = in_double(model)
-    wide = {name: LatentMoE(block.spec.to(torch.float64)) for name, block in blocks.items()}
-    whole = replace_at(double, places, wide, templates=templates)
-    return max(difference(double, whole, item) for item in tried) <= TOGETHER_DOUBLE
 
 
 def _device(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
@@ -127,15 +93,11 @@ def _device(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if device.type == "cpu" else device
 
 
-def _is_small(model: nn.Module) -> bool:
-    return sum(p.numel() for p in model.parameters()) < SMALL
-
-
 @contextlib.contextmanager
 def _threads(model: nn.Module) -> Iterator[None]:
     """One thread for small models: their products are shorter than the wait for a second one."""
     before = torch.get_num_threads()
-    if _is_small(model):
+    if together.is_small(model):
         torch.set_num_threads(1)
     try:
         yield
@@ -154,17 +116,6 @@ def _cheap_collections() -> Iterator[None]:
     finally:
         if alone:
             gc.unfreeze()
-
-
-def _accepted(model: nn.Module, inputs: list[Inputs]) -> Iterator[Inputs]:
-    """Those of some inputs that a model runs on."""
-    for item in inputs:
-        try:
-            difference(model, model, item)
-        except Exception:  # sizes that this model does not take
-            _log.debug("not a size for this model: %s", item.name)
-        else:
-            yield item
 
 
 def _best(name: str, items: list[Found]) -> list[Found]:

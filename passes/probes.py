@@ -193,7 +193,7 @@ class Prober:
     def others(self) -> list[Inputs]:
         """Inputs of other lengths that the module may or may not take."""
         found = [self.random("one token", 1, 1, MANY), self.random("batch of 3 × 11", 3, 11, MANY)]
-        return [inputs for inputs in found if inputs is not None] or list(self._resized())
+        return [inputs for inputs in found if inputs is not None] or list(self._resized(((1, 1), (3, 11))))
 
     def longer(self, tokens: int) -> list[Inputs]:
         """The call with more tokens than it was seen with, shaken; empty where its arguments have no axis of them."""

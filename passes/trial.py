@@ -16,6 +16,7 @@ from latentize.passes.detect import regions
 from latentize.passes.double import in_double, in_fp64
 from latentize.passes.head import Head
 from latentize.passes.heads import Note, deepened, find_heads, selections
+from latentize.passes.leaves import MOST_ROLES
 from latentize.passes.lift import Binding, lift
 from latentize.passes.lift_router import has_idle_experts
 from latentize.passes.mixtures import find_mixtures
@@ -99,7 +100,8 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
             heads = _heads(recording, innermost)[0]
         if _most_uses(heads) > MANY:
             return [], [_IN_PIECES], False
-        if number < len(attempts) and heads and all(has_idle_experts(head) for head in heads):
+        partial = number < len(attempts) and bool(heads) and all(has_idle_experts(head) for head in heads)
+        if partial and not any(_is_stacked(head) for head in heads):
             continue
         for head in heads:
             binding, reason = _lift_head(head)
@@ -108,9 +110,17 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
                 idle = idle or has_idle_experts(head)
             else:
                 found.append(Trial(binding, recording, module, inputs))
-        if found or not reasons:
+        if partial:  # experts that no token selected are known where one tensor holds them all
+            found = [t for t in found if t.binding.experts.num_experts == t.binding.region.head.num_experts]
+        if found or not (idle or partial):
             return found, reasons, idle
     return [], reasons, idle
+
+
+def _is_stacked(head: Head) -> bool:
+    """Whether what a router leads to has few tensors, each for all experts, and not some for each."""
+    first = next(regions(head), None)
+    return first is not None and len(first.leaves) <= MOST_ROLES
 
 
 def _lift_head(head: Head) -> tuple[Binding | None, str]:
