@@ -71,7 +71,8 @@ def build(
     out: Path,
     *,
     targets: Sequence[str] | None = None,
-    profiles: Sequence[Profile] | None = None,
+    profiles: Sequence[Profile] = USUAL,
+    strict: bool = False,
     experts: Experts = "dense",
     source: Path | None = None,
     progress: Progress = silent,
@@ -85,7 +86,8 @@ def build(
     Args:
         out: the folder that the engines go to.
         targets: of `WHERE`, or "native"; by default portable with tensorrt-rtx, native with the full library.
-        profiles: what the engines take; by default `USUAL`, as far as the graph leaves its axes free.
+        profiles: what the engines take, as far as the graph leaves its axes free.
+        strict: refuse profiles where the graph fixes an axis at another size.
         experts: how the routed experts run, in the dtype of the ONNX file.
         source: another ONNX file than `out`/model.onnx.
         progress: called now and then.
@@ -108,12 +110,11 @@ def build(
     _check_memory(path)
     with disk_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
         work = Path(folder)
-        asked = tuple(USUAL if profiles is None else profiles)
-        tokens = max(p.batch[1] * p.tokens[1] for p in asked)
+        tokens = max(p.batch[1] * p.tokens[1] for p in profiles)
         dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)
         request = {
             "library": library, "plugin": experts == "plugin", "quick": problems, "tokens": tokens,
-            "profiles": [[list(p.batch), list(p.tokens)] for p in asked], "strict": profiles is not None,
+            "profiles": [[list(p.batch), list(p.tokens)] for p in profiles], "strict": strict,
             "source": str(work / "model.onnx"),
         }  # fmt: skip
         made = [_build(out, target, request, work, progress) for target in chosen]

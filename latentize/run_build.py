@@ -63,7 +63,7 @@ def build(
                 source = _exported(out, dtype, Path(folder))
         with steps.step("build") as show:
             engines = tensorrt.build(
-                out, targets=targets, profiles=chosen if asked or planned else None, experts=experts, source=source,
+                out, targets=targets, profiles=chosen, strict=bool(asked or planned), experts=experts, source=source,
                 progress=show,
             )  # fmt: skip
     for line in (*map(describe, engines), *_kept(out, engines)):
@@ -93,8 +93,9 @@ def _longest(out: Path) -> int | None:
         values: Any = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    length = values.get("max_position_embeddings") if isinstance(values, dict) else None
-    return length if isinstance(length, int) else None
+    inner = [values, values.get("text_config")] if isinstance(values, dict) else []
+    found = (each.get("max_position_embeddings") for each in inner if isinstance(each, dict))
+    return next((length for length in found if isinstance(length, int)), None)
 
 
 def _exported(out: Path, dtype: str, folder: Path) -> Path:

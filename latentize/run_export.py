@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 def original(job: Job, folder: Path) -> Path | None:
     """The original's graph, exported before the long work: what stops it would stop the rewritten model's too.
 
-    Checkpoints that were asked for are looked at here too, as far as sizes and routing decide.
+    Checkpoints that were asked for are looked at here too, as far as sizes and routing decide, and engines' profiles.
     """
+    if "tensorrt" in job.options.exports:
+        _profiles(job)
     if job.options.checkpoints:
         from latentize.exporters import nemotron_h
 
@@ -67,10 +69,9 @@ def checkpoints(job: Job, folder: Path, result: api.Result, gates: list[Gate]) -
             gates.append(Gate.of(f"{name} in transformers", agreement.error, agreement.tolerance))
 
 
-def _profiles(job: Job) -> tuple[Profile, ...] | None:
-    """The recipe's profiles, which must fit the model; None where it has none and the usual one is cut to fit."""
-    planned = job.options.recipe.model_dump()["profiles"]
-    return choose((), planned, own_length(job.source.model)) if planned else None
+def _profiles(job: Job) -> tuple[Profile, ...]:
+    """What engines take: the recipe's profiles, which must fit the model, or the usual one, cut to fit."""
+    return choose((), job.options.recipe.model_dump()["profiles"], own_length(job.source.model))
 
 
 def graphs(
@@ -96,7 +97,8 @@ def graphs(
 
         with job.steps.step("engine") as progress:
             try:
-                job.engines.extend(tensorrt.build(folder, profiles=_profiles(job), progress=progress))
+                strict = bool(job.options.recipe.profiles)
+                job.engines.extend(tensorrt.build(folder, profiles=_profiles(job), strict=strict, progress=progress))
             except LatentizeError as error:  # what was converted is kept, and the command fails
                 job.warnings.append(str(error))
                 gates.append(Gate("TensorRT engine", math.inf, 0.0, passed=False))

@@ -112,7 +112,7 @@ def test_backends_that_are_not_there_are_one_line_where_asked_for(tmp_path, monk
         available(tmp_path, ("ort",), [])
     with pytest.raises(LatentizeError, match="holds no engine; build one with latentize build"):
         available(tmp_path, ("torch", "trt"), [])
-    (tmp_path / "model.portable.engine").write_bytes(b"")
+    (tmp_path / "model.portable.engine").write_bytes(b"ftrt" + bytes(60))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LatentizeError, match="needs an NVIDIA GPU and its driver, and there is none here"):
         available(tmp_path, ("trt",), [])
