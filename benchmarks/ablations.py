@@ -80,16 +80,19 @@ def _router(teacher: Teacher, options: argparse.Namespace) -> Iterator[Row]:
     for compression in options.compression:
         recipe = Recipe(compression=compression, variant="fixed", seed=options.seed, heal_steps=options.heal_steps)
         prepared = teacher.prepare(recipe)
+        with conversion.workspace():
+            starts = {
+                name: initialise(block.spec, prepared.plans[name], teacher.statistics[name], seed=recipe.seed)
+                for name, block in teacher.blocks.blocks.items()
+            }
         for width in ("d", "l") if compression > 1 else ():
-            specs = {}
             with conversion.workspace():
-                for name, block in teacher.blocks.blocks.items():
-                    statistics = teacher.statistics[name]
-                    start = initialise(block.spec, prepared.plans[name], statistics, seed=recipe.seed)
-                    specs[name] = _rerouted(start, block.spec, statistics, width)
-            yield _measured(teacher, prepared, specs, recipe, options) | {
-                "compression": compression, "variant": "fixed, at once", "router": width
-            }  # fmt: skip
+                specs = {
+                    name: _rerouted(start, teacher.blocks.blocks[name].spec, teacher.statistics[name], width)
+                    for name, start in starts.items()
+                }
+            row = _measured(teacher, prepared, specs, recipe, options)
+            yield row | {"compression": compression, "variant": "fixed, at once", "router": width}
 
 
 def _rerouted(start: MoESpec, original: MoESpec, statistics: BlockStatistics, width: str) -> MoESpec:
@@ -148,9 +151,9 @@ def _measured(
 
 def _predict(teacher: Teacher, options: argparse.Namespace) -> Iterator[Row]:
     """Rows that are there already, with what the plan predicts of them now; nothing is converted."""
-    swept = teacher.prepare(Recipe(variant="fixed", seed=options.seed), sweep=True)
+    swept = teacher.swept
     for row in json.loads((RESULTS / "ablations.json").read_text())["rows"]:
-        if row["variant"] in ("acc", "eff", "fixed") and row["heal"] == "0":
+        if row["variant"] in ("acc", "eff", "fixed") and (row["heal"], row["seed"]) == ("0", options.seed):
             curves, widths = swept.forecast.curves, row["latent_dim"]
             total = sum(curves[name].loss_at(width) or 0.0 for name, width in widths.items())
             yield row | {

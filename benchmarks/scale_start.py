@@ -82,7 +82,7 @@ def _output_side(n: int, m: int, d: int, rank: int, sample: int = 4) -> dict[str
     return {**_row("output side on 32,768 tokens", n, m, d, rank, {**scaled, "peak_gib": None}), "note": note}
 
 
-def _kimi(sample: int = 2, smaller: int = 1792) -> dict[str, Any]:
+def _kimi(sample: int = 1, smaller: int = 1792) -> dict[str, Any]:
     """The start of a layer of Kimi-K2's size from the cost of one expert and of decompositions a quarter as wide."""
     n, m, d, rank = 384, 2048, 7168, 3584
     spec = _layer(sample, m, d)

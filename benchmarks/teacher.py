@@ -6,7 +6,8 @@ import itertools
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from latentize import conversion
 from latentize.api import heal_student
 from latentize.compare import output_agreement
 from latentize.conversion import Prepared, Rewritten, Survey
-from latentize.plan import BlockPlan
+from latentize.plan import BlockPlan, make_plan
 from latentize.recipe import Recipe
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics
@@ -51,12 +52,20 @@ class Teacher:
             statistics = conversion.measure(blocks, Recipe(seed=seed), batches)
         return cls(model, survey, batches, blocks, statistics, bits(model) if evaluate else float("nan"))
 
-    def prepare(self, recipe: Recipe, *, sweep: bool = False) -> Prepared:
-        """The plan of a recipe."""
+    def prepare(self, recipe: Recipe) -> Prepared:
+        """The plan of a recipe, on predictions that are made once for all."""
+        specs = self.blocks.specs
+        plans = make_plan(specs, recipe, self.statistics, self.swept.forecast)
+        return replace(self.swept, plans=plans)
+
+    @cached_property
+    def swept(self) -> Prepared:
+        """What is known before a plan, with predictions over the whole range of widths."""
         with conversion.workspace():
             return conversion.prepare(
-                self.model, self.survey.selected, recipe, self.batches, statistics=self.statistics, sweep=sweep
-            )
+                self.model, self.survey.selected, Recipe(variant="fixed"), self.batches, statistics=self.statistics,
+                sweep=True,
+            )  # fmt: skip
 
     def student(self, specs: Mapping[str, MoESpec], recipe: Recipe | None = None) -> Rewritten:
         """The model with the given blocks; healed where a recipe asks for steps."""

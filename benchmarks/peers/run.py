@@ -2,6 +2,7 @@
 
     python benchmarks/peers/run.py                   every method at l = d/2 and d/4 (minutes of CPU)
     python benchmarks/peers/run.py --heal 400        the same, healed (hours)
+    python benchmarks/peers/run.py --stored          MoBE's own terms: error of gate weights at equal bytes stored
     python benchmarks/peers/run.py --write           docs/peers.md from the rows that are there
 
 "Equal bytes" is of expert weights read for one token (k experts; what all experts share is read once for a whole batch
@@ -14,6 +15,8 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import methods
 import torch
 from measured import RESULTS, keep, table
 from teacher import Teacher, bits, stdlib_lm
+from torch import Tensor
 
 from latentize import conversion
 from latentize.recipe import Recipe
@@ -58,7 +62,12 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     stdlib_lm.EVALUATION_WINDOWS = options.windows
-    teacher = Teacher.load()
+    teacher = Teacher.load(evaluate=not options.stored)
+    if options.stored:
+        rows = [row for latent in options.latent_dim for row in _stored(teacher, latent)]
+        keep("peers_stored", rows, ("method", "latent_dim"))
+        print(table(rows, {"method": "", "latent_dim": "d", "weight_error": ".3f"}))
+        return
     for latent in options.latent_dim:
         for name in options.method:
             try:
@@ -101,20 +110,50 @@ def _measure(teacher: Teacher, name: str, latent: int, options: argparse.Namespa
     }  # fmt: skip
 
 
+def _stored(teacher: Teacher, latent: int) -> Iterator[dict[str, Any]]:
+    """Mean relative error of the gates of all blocks, each method storing N m l + l d weights for a block's gates."""
+    gates = [spec.experts.gate for spec in teacher.blocks.specs.values()]
+    n, m, d = gates[0].shape
+    allowed = n * m * latent + latent * d
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "one right factor for all (MoLAE)": lambda w: methods.stacked(w, latent),
+        "plain SVD": lambda w: methods.truncate(w, allowed // (n * (m + d))),
+    }
+    for bases in (2, 4):
+        rank = allowed // (n * m + bases * d)
+        ways[f"MoBE, {bases} bases"] = partial(methods.basis_fit, rank=rank, bases=bases, steps=500)
+    for method, way in ways.items():
+        with conversion.workspace():
+            errors = [((way(w) - w).norm() / w.norm()).item() for w in gates]
+        yield {"method": method, "latent_dim": latent, "weight_error": sum(errors) / len(errors)}
+
+
 def _ours(teacher: Teacher, recipe: Recipe) -> dict[str, methods.Rebuilt]:
     """latentize's own start, at N and k unchanged."""
-    specs = conversion.start(teacher.prepare(recipe), recipe)
+    prepared = teacher.prepare(recipe)
+    if recipe.init == "weights":
+        prepared = replace(prepared, statistics=None)
+    specs = conversion.start(prepared, recipe)
     return {name: methods.latent(spec) for name, spec in specs.items()}
 
 
 def _write() -> None:
     """Put the tables into docs/peers.md, between its markers."""
     rows = json.loads((RESULTS / "peers.json").read_text())["rows"]
+    stored = json.loads((RESULTS / "peers_stored.json").read_text())["rows"]
     path = RESULTS.parents[1] / "docs" / "peers.md"
     text = path.read_text()
-    head, _, rest = text.partition("<!-- table -->")
-    _, _, tail = rest.partition("<!-- end -->")
-    path.write_text(f"{head}<!-- table -->\n\n{_tables(rows)}\n\n<!-- end -->{tail}")
+    for name, filled in (("table", _tables(rows)), ("stored", _stored_table(stored))):
+        head, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, tail = rest.partition("<!-- end -->")
+        text = f"{head}<!-- {name} -->\n\n{filled}\n\n<!-- end -->{tail}"
+    path.write_text(text)
+
+
+def _stored_table(rows: list[dict[str, Any]]) -> str:
+    shown = sorted(rows, key=lambda row: (-row["latent_dim"], row["weight_error"]))
+    lines = [f"| {row['latent_dim']} | {row['method']} | {row['weight_error']:.3f} |" for row in shown]
+    return "\n".join(["| stored like ℓ | method | relative error of the gates |", "|---|---|---|", *lines])
 
 
 def _tables(rows: list[dict[str, Any]]) -> str:
@@ -148,6 +187,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--method", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--latent-dim", type=int, nargs="+", default=[64, 32])
     parser.add_argument("--heal", type=int, default=0, help="steps of distillation")
+    parser.add_argument("--stored", action="store_true", help="only the error of gates at equal bytes stored")
     parser.add_argument("--write", action="store_true", help="write docs/peers.md from the kept rows")
     parser.add_argument("--windows", type=int, default=1024, help="of evaluation text; fewer are faster")
     parser.add_argument("--threads", type=int, default=2)
