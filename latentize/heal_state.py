@@ -164,12 +164,13 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for model in models for module in model.modules()]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     try:
         for module, _ in modes:
             module.training = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
+        # Filling takes time, and nothing here reads memory before it is written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with buffers_kept(*models), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)
             yield
@@ -181,7 +182,7 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
         raise ResourceError(_MEMORY) from error
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = filling
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
         for module, training in modes:
             module.training = training
 
