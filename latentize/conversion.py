@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from latentize.passes import Found
 
 #: Calibration tokens of a block that moments are taken over, tokens that are kept, batches that errors are measured on.
-MOMENT_TOKENS = 65536
+MOMENT_TOKENS = 131072
 SAMPLE_TOKENS = 32768
 ERROR_BATCHES = 4
 

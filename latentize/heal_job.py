@@ -33,7 +33,7 @@ RATE_FACTORS = {"latent_": 1.4, "router.": 1.6}
 FALL_BACKS, FALL_BACK_RATE = 2, 0.3
 #: The learning rate over the distance that is left to go, the root of a divergence or of a squared error: a larger one
 #: moves a student that is close further away.
-RATE_PER_DISTANCE = 0.45
+RATE_PER_DISTANCE = 0.47
 
 
 @dataclass
@@ -210,6 +210,11 @@ class Job:
 def rate_for(largest: float, loss: float) -> float:
     """The learning rate to begin with where the relative squared error or divergence is `loss`."""
     return min(largest, RATE_PER_DISTANCE * math.sqrt(max(0.0, loss))) if math.isfinite(loss) else largest
+
+
+def is_near(rate: float, largest: float) -> bool:
+    """Whether a student that begins with the learning rate `rate` of at most `largest` is close to its teacher."""
+    return rate <= largest / 2
 
 
 def cosine(step: float, steps: int, warmup: float) -> float:

@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation, rate_for
+from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation, is_near, rate_for
 from latentize.heal_load import RoutingTap, count, follow, pressure
-from latentize.heal_pieces import pieces_for, pieces_of
+from latentize.heal_pieces import pieces_of
 from latentize.heal_splice import Text
 from latentize.heal_text import next_token_loss
 from latentize.inputs import Batch, Inputs
@@ -30,7 +30,10 @@ def heal_model(job: Job, state: State) -> None:
     """Distil `job.teacher` into `job.student`, and leave the best weights that were measured in the student."""
     plan = job.plan
     rate = rate_for(plan.model_rate, state.loss_after_blocks)
-    pieces = pieces_for(job.pieces, rate, plan.model_rate)
+    # Far from the goal many small steps pay; near it, where steps are short, half as many are as good and cheaper, and
+    # the teacher is no longer the better guide by so much that the text has nothing to add.
+    near = is_near(rate, plan.model_rate)
+    pieces = max(1, job.pieces // 2) if near else job.pieces
     optimizer = job.optimizer(rate, state.optimizer)
     while state.model_steps < plan.model_steps and not state.early_stopped:
         losses, trouble = [], ""
@@ -38,7 +41,7 @@ def heal_model(job: Job, state: State) -> None:
         for number, piece in enumerate(pieces_of(batch, pieces)):
             share = cosine(state.model_steps + number / pieces, plan.model_steps, plan.warmup)
             with job.reading(piece, state.model_steps, number) as text:
-                found = _gradients(job, state, piece, text)
+                found = _gradients(job, state, piece, text if near else Text())
             if found is None:
                 continue
             if not _finite(*found):

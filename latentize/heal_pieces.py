@@ -29,14 +29,6 @@ def pieces_of(batch: Batch, count: int) -> list[Batch]:
     return [pytree.tree_map(lambda leaf, places=places: part(leaf, places), batch) for places in rows]
 
 
-def pieces_for(most: int, rate: float, largest: float) -> int:
-    """In how many of `most` pieces to take batches at a learning rate that is at most `largest`.
-
-    Far from the goal many small steps pay; near it, where steps are short, half as many are as good and cheaper.
-    """
-    return most if rate > largest / 2 else max(1, most // 2)
-
-
 def piece_count(model: nn.Module, batch: Batch, least_tokens: int, most: int) -> int:
     """In how many pieces, `most` at most, of `least_tokens` tokens or more `model` takes a batch like this one."""
     leading = next((tensor for tensor in Inputs.of(batch).tensors() if _has_sequences(tensor)), None)

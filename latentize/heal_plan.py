@@ -19,7 +19,7 @@ class HealPlan:
     weights are kept. After `patience` measurements in a row without gain the rate falls, and then the stage ends early.
     An expert below `min_load` of the mean load is pushed above it. End to end, the relative squared error of what
     reaches each block is added to the loss with the weight `match_inputs`, which falls to zero over the steps.
-    Where the original predicts text, the token that really follows has the weight `text` in the target.
+    Near the goal, where the original predicts text, the token that really follows has the weight `text` in the target.
     `activation_bytes` bounds the teacher activations kept at once.
     """
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_pieces import piece_count, pieces_for, pieces_of
+from latentize.heal_pieces import piece_count, pieces_of
 
 
 class Model(nn.Module):
@@ -52,10 +52,3 @@ def test_a_model_that_takes_no_pieces_gets_whole_batches():
             return ids.view(6, 10)
 
     assert piece_count(Picky(), (ids(),), 10, 4) == 1
-
-
-@pytest.mark.parametrize(
-    ("most", "rate", "expected"), [(4, 0.2, 4), (4, 0.11, 4), (4, 0.1, 2), (3, 0.05, 1), (1, 0.05, 1)]
-)
-def test_near_the_goal_a_batch_is_taken_in_half_as_many_pieces(most: int, rate: float, expected: int):
-    assert pieces_for(most, rate, 0.2) == expected
