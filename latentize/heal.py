@@ -23,10 +23,14 @@ from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
 from latentize.heal_splice import token_embeddings
 from latentize.heal_state import Checkpoint, Trainables, contiguous, training_room
+from latentize.heal_text import predicts_next
 from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad, expert_load
 from latentize.moe import LatentMoE
 from latentize.progress import Progress, silent
+
+#: Held-out batches that show whether the original predicts text.
+_TEXT_BATCHES = 2
 
 __all__ = ["BlockHealing", "HealPlan", "HealReport", "heal"]
 
@@ -68,6 +72,8 @@ def heal(
         with contiguous(teacher_blocks):
             held_out = _usable(teacher, held_out, notes)
             loss = OutputLoss.of(teacher, held_out[0])
+            embeddings = token_embeddings((teacher, student), held_out[0]) if loss.kind == "kl" else []
+            is_text = predicts_next(teacher, embeddings, held_out[:_TEXT_BATCHES])
             fingerprint = {
                 "seed": seed,
                 "plan": {k: v for k, v in asdict(steps).items() if k != "save_seconds"},
@@ -78,7 +84,7 @@ def heal(
                 student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
                 progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
                 piece_count(teacher, train[0], steps.piece_tokens, steps.pieces),
-                token_embeddings((teacher, student), held_out[0]) if loss.kind == "kl" else [],
+                embeddings, steps.text if is_text else 0.0,
             )  # fmt: skip
             return _run(job)
 

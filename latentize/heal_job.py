@@ -16,7 +16,7 @@ from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_load import RoutingTap, starved_experts
 from latentize.heal_plan import HealPlan
-from latentize.heal_splice import padded, spliced
+from latentize.heal_splice import Text, padded, reading
 from latentize.heal_state import Checkpoint, Trainables
 from latentize.inputs import Batch, Inputs
 from latentize.load_balance import ExpertLoad
@@ -31,8 +31,9 @@ Stage = Literal["blocks", "model", "done"]
 RATE_FACTORS = {"latent_": 1.4, "router.": 1.6}
 #: How often a stage may go back to its best weights with a smaller rate before it ends, and the factor on the rate.
 FALL_BACKS, FALL_BACK_RATE = 2, 0.3
-#: The learning rate over the distance that is left to go: a larger one moves a student that is close further away.
-RATE_PER_LOSS = 1.5
+#: The learning rate over the distance that is left to go, the root of a divergence or of a squared error: a larger one
+#: moves a student that is close further away.
+RATE_PER_DISTANCE = 0.47
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Job:
     step_sizes: list[float]
     pieces: int
     embeddings: list[nn.Embedding]
+    text_weight: float
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
 
@@ -178,9 +180,11 @@ class Job:
             value = (value * 1_000_003 + part + 1) % (2**63 - 1)
         return torch.Generator().manual_seed(value)
 
-    def spliced(self, batch: Batch, *key: int) -> AbstractContextManager[None]:
+    def reading(self, batch: Batch, *key: int) -> AbstractContextManager[Text]:
         """Spliced text in both models for one step, the same whenever it is asked for; not where there is padding."""
-        return nullcontext() if padded(batch) else spliced(self.embeddings, lambda: self.generator(2, *key))
+        if padded(batch):
+            return nullcontext(Text())
+        return reading(self.embeddings, lambda: self.generator(2, *key))
 
     def measure(self) -> tuple[float, int]:
         """Held-out loss, and the number of experts below the least load there."""
@@ -205,7 +209,12 @@ class Job:
 
 def rate_for(largest: float, loss: float) -> float:
     """The learning rate to begin with where the relative squared error or divergence is `loss`."""
-    return min(largest, RATE_PER_LOSS * loss) if math.isfinite(loss) else largest
+    return min(largest, RATE_PER_DISTANCE * math.sqrt(max(0.0, loss))) if math.isfinite(loss) else largest
+
+
+def is_near(rate: float, largest: float) -> bool:
+    """Whether a student that begins with the learning rate `rate` of at most `largest` is close to its teacher."""
+    return rate <= largest / 2
 
 
 def cosine(step: float, steps: int, warmup: float) -> float:

@@ -14,9 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation, rate_for
+from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation, is_near, rate_for
 from latentize.heal_load import RoutingTap, count, follow, pressure
 from latentize.heal_pieces import pieces_of
+from latentize.heal_splice import Text
+from latentize.heal_text import next_token_loss
 from latentize.inputs import Batch, Inputs
 from latentize.moe import LatentMoE
 
@@ -28,14 +30,18 @@ def heal_model(job: Job, state: State) -> None:
     """Distil `job.teacher` into `job.student`, and leave the best weights that were measured in the student."""
     plan = job.plan
     rate = rate_for(plan.model_rate, state.loss_after_blocks)
+    # Far from the goal many small steps pay; near it, where steps are short, half as many are as good and cheaper, and
+    # the teacher is no longer the better guide by so much that the text has nothing to add.
+    near = is_near(rate, plan.model_rate)
+    pieces = max(1, job.pieces // 2) if near else job.pieces
     optimizer = job.optimizer(rate, state.optimizer)
     while state.model_steps < plan.model_steps and not state.early_stopped:
         losses, trouble = [], ""
         batch = job.train_batch(state.model_steps)
-        for number, piece in enumerate(pieces_of(batch, job.pieces)):
-            share = cosine(state.model_steps + number / job.pieces, plan.model_steps, plan.warmup)
-            with job.spliced(piece, state.model_steps, number):
-                found = _gradients(job, state, piece)
+        for number, piece in enumerate(pieces_of(batch, pieces)):
+            share = cosine(state.model_steps + number / pieces, plan.model_steps, plan.warmup)
+            with job.reading(piece, state.model_steps, number) as text:
+                found = _gradients(job, state, piece, text if near else Text())
             if found is None:
                 continue
             if not _finite(*found):
@@ -62,7 +68,7 @@ def heal_model(job: Job, state: State) -> None:
         state.notes.append("healing found no weights better than the ones it started from, which were kept")
 
 
-def _gradients(job: Job, state: State, batch: Batch) -> tuple[float, list[Tensor | None]] | None:
+def _gradients(job: Job, state: State, batch: Batch, text: Text) -> tuple[float, list[Tensor | None]] | None:
     """Loss of a batch and its gradients; None where the teacher's own output is not finite."""
     inputs = Inputs.of(batch)
     with torch.no_grad(), InputTap(job.teacher_blocks) as teacher_inputs:
@@ -70,10 +76,12 @@ def _gradients(job: Job, state: State, batch: Batch) -> tuple[float, list[Tensor
     if not job.loss.usable(target):
         return None
     with RoutingTap(job.student_blocks) as tap, InputTap(job.student_blocks) as student_inputs:
-        wrong, whole = job.loss.sums(inputs.call(job.student), target, batch)
+        output = inputs.call(job.student)
         routings = tap.take()
+    wrong, whole = job.loss.sums(output, target, batch)
     distance = wrong / whole.clamp_min(1e-30)
-    loss = distance
+    surprise = next_token_loss(output, text.ids) if job.text_weight else None
+    loss = distance if surprise is None else torch.lerp(distance, surprise, job.text_weight)
     if job.plan.match_inputs:
         weight = job.plan.match_inputs * cosine(state.model_steps, job.plan.model_steps, 0.0)
         loss = loss + weight * mismatch(student_inputs.seen, teacher_inputs.seen)

@@ -14,11 +14,12 @@ class HealPlan:
 
     `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step; `model_steps`
     steps, one calibration batch each, distil the whole model; a batch is taken in up to `pieces` smaller steps of at
-    least `piece_tokens` tokens, with spliced text where there is any. The `held_out` share
+    least `piece_tokens` tokens (half as many near the goal), with spliced text where there is any. The `held_out` share
     of the batches (at most `held_out_limit`) is never trained on; it is measured `evaluations` times and decides which
     weights are kept. After `patience` measurements in a row without gain the rate falls, and then the stage ends early.
     An expert below `min_load` of the mean load is pushed above it. End to end, the relative squared error of what
     reaches each block is added to the loss with the weight `match_inputs`, which falls to zero over the steps.
+    Near the goal, where the original predicts text, the token that really follows has the weight `text` in the target.
     `activation_bytes` bounds the teacher activations kept at once.
     """
 
@@ -36,6 +37,7 @@ class HealPlan:
     patience: int = 4
     min_load: float = 0.1
     match_inputs: float = 4.0
+    text: float = 0.1
     activation_bytes: int = 256 * 2**20
     save_seconds: float = 30.0
 

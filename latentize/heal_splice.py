@@ -31,19 +31,29 @@ def padded(batch: Batch) -> bool:
     return isinstance(mask, Tensor) and not bool(mask.all())
 
 
+class Text:
+    """The token ids [B, T] that models are given to read, as the last of them read them; None before."""
+
+    ids: Tensor | None = None
+
+
 @contextmanager
-def spliced(embeddings: Sequence[nn.Embedding], generator: Callable[[], torch.Generator]) -> Iterator[None]:
-    """While inside, the token ids [B, T] that the embeddings read are spliced.
+def reading(
+    embeddings: Sequence[nn.Embedding], generator: Callable[[], torch.Generator] | None = None
+) -> Iterator[Text]:
+    """While inside, listens to what the embeddings read, which is spliced where a `generator` is given.
 
     `generator` gives one in the same state at every call, so that every embedding reads the same.
     """
+    found = Text()
 
     def replace(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (splice(args[0], generator()), *args[1:])
+        found.ids = args[0] if generator is None else splice(args[0], generator())
+        return (found.ids, *args[1:])
 
     handles = [embedding.register_forward_pre_hook(replace) for embedding in embeddings]
     try:
-        yield
+        yield found
     finally:
         for handle in handles:
             handle.remove()

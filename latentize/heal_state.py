@@ -169,7 +169,7 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
         for module, _ in modes:
             module.training = False
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # It costs time, and nothing here reads such memory.
+        # Filling takes time, and nothing here reads memory before it is written.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         with buffers_kept(*models), torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(seed)

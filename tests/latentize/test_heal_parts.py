@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.distill import OutputLoss
-from latentize.heal_job import RATE_PER_LOSS, cosine, is_evaluation, rate_for, split_batches
+from latentize.heal_job import RATE_PER_DISTANCE, cosine, is_evaluation, is_near, rate_for, split_batches
 from latentize.heal_load import RoutingTap, pressure, starved_experts
 from latentize.heal_plan import HealPlan
 from latentize.heal_sensitivity import PLAIN, output_metrics
@@ -172,6 +172,14 @@ def test_a_block_that_no_gradient_reaches_is_measured_plainly():
     assert torch.equal(root, torch.eye(6))
 
 
-@pytest.mark.parametrize(("loss", "expected"), [(10.0, 0.2), (0.02, 0.02 * RATE_PER_LOSS), (0.0, 0.0), (math.nan, 0.2)])
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(10.0, 0.2), (0.0225, 0.15 * RATE_PER_DISTANCE), (0.0, 0.0), (math.nan, 0.2)]
+)
 def test_the_learning_rate_is_smaller_the_closer_the_student_is(loss: float, expected: float):
-    assert rate_for(0.2, loss) == expected
+    assert rate_for(0.2, loss) == pytest.approx(expected)
+
+
+def test_a_student_is_near_at_half_the_largest_rate():
+    assert is_near(rate_for(0.2, (0.09 / RATE_PER_DISTANCE) ** 2), 0.2)
+    assert not is_near(rate_for(0.2, (0.11 / RATE_PER_DISTANCE) ** 2), 0.2)
+    assert not is_near(rate_for(0.2, math.nan), 0.2)

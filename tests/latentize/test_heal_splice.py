@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_splice import splice, spliced, token_embeddings
+from latentize.heal_splice import reading, splice, token_embeddings
 
 ROWS, WIDTH = 50, 4
 
@@ -44,7 +44,7 @@ def test_both_models_read_the_same_and_only_while_inside():
     other.tokens.load_state_dict(one.tokens.state_dict())
     one(ids())
     clean = one.read
-    with spliced([one.tokens, other.tokens], generator):
+    with reading([one.tokens, other.tokens], generator):
         one(ids())
         other(ids())
     assert torch.equal(one.read, other.read)
