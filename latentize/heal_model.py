@@ -2,6 +2,7 @@
 
 The second part gives the earlier blocks a gradient that has not passed through all the later ones; in few steps it
 brings the output closer than the output's own distance does alone. Its weight falls to zero: what counts is the output.
+Near the goal the text is a small part of the target too (`latentize.heal_text`).
 """
 
 from __future__ import annotations
