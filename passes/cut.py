@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from latentize.blocks import Probe
 from latentize.passes import trace
 from latentize.passes.dead_code import eliminate_dead_code
+from latentize.passes.double import dtype_of
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import sharing_copy
@@ -64,7 +64,7 @@ def _graph(module: nn.Module, template: fx.GraphModule | None) -> fx.GraphModule
 
 
 def _arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    native = inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+    native = inputs.to(dtype_of(module))
     return native.args, native.kwargs
 
 
@@ -99,4 +99,3 @@ def _cut(whole: fx.GraphModule, site: GraphSite) -> _Cut:
         rest=tuple(fresh[name].name for name in site.rest), logits="", example=None, experts=0,
     )  # fmt: skip
     return _Cut(graph, renamed, tuple(inputs))
-
