@@ -47,7 +47,7 @@ def verify_cut(
     assert isinstance(site, GraphSite)
     whole = _graph(candidate.module, template)
     cut = _cut(whole, site)
-    values = trace.node_values(sharing_copy(whole), *_arguments(candidate.module, inputs))
+    values = trace.node_values(_copied(whole), *_arguments(candidate.module, inputs))
     given = {node.name: value for node, value in values.items()}
     call = ModuleCall("", cut.graph, tuple(given[name] for name in cut.inputs), {})
     region = binding.region
@@ -63,6 +63,12 @@ def _graph(module: nn.Module, template: fx.GraphModule | None) -> fx.GraphModule
     return module
 
 
+def _copied(graph: fx.GraphModule) -> fx.GraphModule:
+    copy = sharing_copy(graph)
+    assert isinstance(copy, fx.GraphModule)
+    return copy
+
+
 def _arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     native = inputs.to(dtype_of(module))
     return native.args, native.kwargs
@@ -70,8 +76,7 @@ def _arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict
 
 def _cut(whole: fx.GraphModule, site: GraphSite) -> _Cut:
     """The nodes between a block's inputs and its output; nothing is shared but parameters and buffers."""
-    graph = sharing_copy(whole)
-    assert isinstance(graph, fx.GraphModule)
+    graph = _copied(whole)
     nodes = {node.name: node for node in graph.graph.nodes}
     first = next(iter(graph.graph.nodes))
     entered = dict.fromkeys((site.hidden, site.router_hidden, *site.rest))
