@@ -40,6 +40,7 @@ LAYERS = {"jetmoe": 2, "ernie4_5_vl_moe_text": 2, "doge": 2, "nllb-moe": 2, "vit
 #: Why a family is rightly refused, beyond the reason that the package gives.
 JUSTIFIED = {
     "doge": "product-key retrieval over expert embeddings: no routed feed-forward",
+    "muse_spark_text": "its experts work at a latent width already, on a norm of the projected hidden states",
     "phimoe": "sparsemixer routing: weights come from two masked softmaxes, not from softmax and top-k",
     "nllb-moe": "as shipped it does not compute its top-2 mixture",
     "switch_transformers": "tokens past a fixed capacity are dropped",

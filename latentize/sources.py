@@ -128,8 +128,11 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         LatentizeError: naming the tensor and the module that holds it.
     """
-    for name, tensor in model.named_parameters():
-        if tensor.is_meta or not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+    for name, stored in model.named_parameters():
+        if stored.is_meta or not stored.is_floating_point():
+            continue
+        tensor = stored.float() if stored.element_size() < 2 else stored  # no arithmetic is defined on eight bits
+        if bool(torch.isfinite(tensor).all()):
             continue
         nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
         module, _, short = name.rpartition(".")

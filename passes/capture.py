@@ -109,7 +109,7 @@ def _evaluate(value: Value, tensors: Mapping[str, Tensor], memo: dict[int, Tenso
     if value.index in memo:
         return memo[value.index]
     if value.source in tensors:
-        result = tensors[value.source]
+        result = _computable(tensors[value.source])
     elif value.call is None:
         result = value.tensor
     else:
@@ -123,6 +123,11 @@ def _evaluate(value: Value, tensors: Mapping[str, Tensor], memo: dict[int, Tenso
         result = outputs[position]
     memo[value.index] = result
     return result
+
+
+def _computable(tensor: Tensor) -> Tensor:
+    """A tensor itself, or in fp32 where it is stored in a floating dtype without arithmetic."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 2 else tensor
 
 
 def _swapper(function: Callable[[Value], Any]) -> Callable[[Any], Any]:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from latentize.blocks import Probe
 from latentize.passes import trace
 from latentize.passes.dead_code import eliminate_dead_code
+from latentize.passes.double import dtype_of
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import sharing_copy
@@ -47,7 +47,7 @@ def verify_cut(
     assert isinstance(site, GraphSite)
     whole = _graph(candidate.module, template)
     cut = _cut(whole, site)
-    values = trace.node_values(sharing_copy(whole), *_arguments(candidate.module, inputs))
+    values = trace.node_values(_copied(whole), *_arguments(candidate.module, inputs))
     given = {node.name: value for node, value in values.items()}
     call = ModuleCall("", cut.graph, tuple(given[name] for name in cut.inputs), {})
     region = binding.region
@@ -63,15 +63,20 @@ def _graph(module: nn.Module, template: fx.GraphModule | None) -> fx.GraphModule
     return module
 
 
+def _copied(graph: fx.GraphModule) -> fx.GraphModule:
+    copy = sharing_copy(graph)
+    assert isinstance(copy, fx.GraphModule)
+    return copy
+
+
 def _arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    native = inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+    native = inputs.to(dtype_of(module))
     return native.args, native.kwargs
 
 
 def _cut(whole: fx.GraphModule, site: GraphSite) -> _Cut:
     """The nodes between a block's inputs and its output; nothing is shared but parameters and buffers."""
-    graph = sharing_copy(whole)
-    assert isinstance(graph, fx.GraphModule)
+    graph = _copied(whole)
     nodes = {node.name: node for node in graph.graph.nodes}
     first = next(iter(graph.graph.nodes))
     entered = dict.fromkeys((site.hidden, site.router_hidden, *site.rest))
@@ -99,4 +104,3 @@ def _cut(whole: fx.GraphModule, site: GraphSite) -> _Cut:
         rest=tuple(fresh[name].name for name in site.rest), logits="", example=None, experts=0,
     )  # fmt: skip
     return _Cut(graph, renamed, tuple(inputs))
-

@@ -15,6 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype that a module computes in: of its first floating parameter that is not only a code for storage."""
+    found = (p.dtype for p in module.parameters() if p.is_floating_point() and p.element_size() >= 2)
+    return next(found, torch.float32)
+
+
 def in_double(module: nn.Module) -> nn.Module:
     """A copy of the module in fp64 and eval mode; dtypes written into captured graphs are widened too."""
     return widen(evaluating(copy.deepcopy(module).double()))

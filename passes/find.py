@@ -17,6 +17,7 @@ from latentize import ops
 from latentize.blocks import Block
 from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
+from latentize.passes.double import dtype_of
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
@@ -213,9 +214,9 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
     name = path or "."
 
     def spec(of: nn.Module) -> MoESpec:
-        dtype = next((p.dtype for p in of.parameters() if p.is_floating_point()), None)
+        dtype = dtype_of(of)
         bound = binding.spec(recording, dict(named_state(of)))
-        return bound if dtype is None else bound.map_tensors(lambda t: t if t.dtype != torch.float64 else t.to(dtype))
+        return bound.map_tensors(lambda t: t if t.dtype != torch.float64 else t.to(dtype))
 
     if binding.latent:
         bound = spec(module)

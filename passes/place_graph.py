@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from latentize.passes import trace
 from latentize.passes.all_hit import assumptions
-from latentize.passes.double import evaluating
+from latentize.passes.double import dtype_of, evaluating
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs
 from latentize.passes.rewrite import encode_example, sharing_copy
@@ -32,7 +32,7 @@ def capture_at(module: nn.Module, inputs: Inputs, experts: int = 0) -> fx.GraphM
 
 
 def _native(module: nn.Module, inputs: Inputs) -> Inputs:
-    return inputs.to(next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32))
+    return inputs.to(dtype_of(module))
 
 
 def graph_site(

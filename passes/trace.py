@@ -28,9 +28,7 @@ class CaptureError(Exception):
     """A module could not be captured as a graph; the message says why."""
 
 
-def capture(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], experts: int = 0
-) -> fx.GraphModule:
+def capture(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], experts: int = 0) -> fx.GraphModule:
     """Export a module with every axis of its inputs dynamic.
 
     Args:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from latentize import rescale
 from latentize.blocks import Probe
 from latentize.moe import LatentMoE, Router
-from latentize.passes.double import evaluating, in_double, in_fp64
+from latentize.passes.double import dtype_of, evaluating, in_double, in_fp64
 from latentize.passes.lift_router import TIE, group_ties
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
@@ -92,7 +92,7 @@ def _compare(
     canonical = LatentMoE(rescale.expand(spec, factor, factor) if factor > 1 else spec)
     templates = {} if candidate.template is None else {"": candidate.template}
     rewritten = replace_at(subject, {"": candidate.site}, {"": canonical}, templates=templates)
-    dtype = next((p.dtype for p in subject.parameters() if p.is_floating_point()), torch.float32)
+    dtype = dtype_of(subject)
     narrowest = min((p.dtype for p in subject.parameters() if p.is_floating_point()), key=_bits, default=dtype)
     probes: list[Probe] = []
     for probe in inputs:
@@ -195,8 +195,7 @@ def run_double(module: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def run_native(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Output tensors of a module in its own dtype."""
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    return _run(module, inputs, dtype)
+    return _run(module, inputs, dtype_of(module))
 
 
 def _bits(dtype: torch.dtype) -> int:

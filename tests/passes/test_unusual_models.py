@@ -75,15 +75,55 @@ class Int8(nn.Module):
         return x @ (self.codes.to(x.dtype) * self.scale).T
 
 
+class Fp8(nn.Module):
+    """A linear layer whose weight is a parameter of eight bits, with a scale a row."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        weight = torch.randn(rows, columns) * 0.3
+        scale = weight.abs().amax(1, keepdim=True) / 448
+        self.weight = nn.Parameter((weight / scale).to(torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale_inv = nn.Parameter(scale)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.weight_scale_inv.to(x.dtype)).T
+
+
+class Fp4(nn.Module):
+    """A linear layer whose weight is two four-bit floats a byte, with an exponent for each row of two."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.register_buffer("blocks", torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8))
+        self.register_buffer("scales", torch.randint(123, 126, (rows, columns // 2), dtype=torch.uint8))
+        positive = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+        self.register_buffer("values", torch.cat([positive, -positive]), persistent=False)
+
+    def forward(self, x):
+        pairs = torch.stack([self.values[(self.blocks & 15).int()], self.values[(self.blocks >> 4).int()]], -1)
+        weight = torch.ldexp(pairs, self.scales.to(torch.int32).unsqueeze(-1) - 127).flatten(1)
+        return x @ weight.to(x.dtype).T
+
+
 class Quantised(Moe):
+    layer = Int8
+
     def __init__(self):
         super().__init__()
         del self.a, self.c
-        self.up = nn.ModuleList(Int8(12, 16) for _ in range(4))
-        self.down = nn.ModuleList(Int8(16, 12) for _ in range(4))
+        self.up = nn.ModuleList(self.layer(12, 16) for _ in range(4))
+        self.down = nn.ModuleList(self.layer(16, 12) for _ in range(4))
 
     def expert(self, e, x):
         return self.down[e](F.silu(self.up[e](x)))
+
+
+class QuantisedFp8(Quantised):
+    layer = Fp8
+
+
+class QuantisedFp4(Quantised):
+    layer = Fp4
 
 
 def hooked():
@@ -104,6 +144,8 @@ MODELS = {
     "hooks": (hooked, (X,), {}),
     "one token": (Net, (X[:1, :1],), {}),
     "int8 weights": (Quantised, (X,), {}),
+    "fp8 weights with scales": (QuantisedFp8, (X,), {}),
+    "fp4 weights in bytes": (QuantisedFp4, (X,), {}),
 }
 
 
