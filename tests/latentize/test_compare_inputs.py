@@ -59,13 +59,13 @@ def test_sequences_are_cut_from_the_data_end_to_end():
 def test_what_a_length_would_take_is_said_instead_of_trying_it(monkeypatch):
     notes = []
     monkeypatch.setattr(compare_inputs, "_SECONDS", 0.0)
-    found = list(sequences(Ids(40), [batch(3, 0)], None, notes))
-    assert [each.tokens for each in found] == [1]
-    assert notes == ["not compared at 16 tokens: a call may take 0 s"]
+    found = list(sequences(Ids(1000), [batch(3, 0)], None, notes))
+    assert [each.tokens for each in found] == [1, 16, 256]
+    assert notes == ["not compared at 1000 tokens: a call may take 0 s"]
     notes.clear()
     monkeypatch.setattr(compare_inputs, "_SECONDS", 9.0)
     monkeypatch.setattr(compare_inputs, "free_memory", lambda: 1)
-    assert [each.tokens for each in sequences(Ids(40), [batch(3, 0)], None, notes)] == [1]
+    assert [each.tokens for each in sequences(Ids(1000), [batch(3, 0)], None, notes)] == [1, 16, 256]
     assert "its outputs would take" in notes[0]
 
 
