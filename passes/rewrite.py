@@ -40,6 +40,7 @@ def replace_at(
     if not modules:
         return model
     result = model if inplace else sharing_copy(model)
+    graphs: dict[str, fx.GraphModule] = {}  # modules that became graphs here: further blocks go into the same one
     for number, (name, moe) in enumerate(modules.items()):
         site = sites[name]
         if isinstance(site, PartsSite):
@@ -50,11 +51,15 @@ def replace_at(
             assert isinstance(result, fx.GraphModule)
             splice(result, site, moe, number)
         else:
+            known = graphs.get(site.path)
+            if known is not None:
+                splice(known, site, moe, number)
+                continue
             module, template = _get(result, site.path), (templates or {}).get(name)
             captured = _capture(module, site) if template is None else trace.bound(template, module)
             splice(captured, site, moe, number)
             captured.training = module.training
-            result = put(result, site.path, captured)
+            result, graphs[site.path] = put(result, site.path, captured), captured
     if isinstance(result, fx.GraphModule):
         trace.clean(result)
     return result

@@ -210,13 +210,6 @@ class SecondFromRest(_Near):
         return torch.cat([first, second], -1), torch.cat([best, next_best], -1)
 
 
-class FirstHalfOnly(_Near):
-    """Experts read the first half of the hidden states twice."""
-
-    def dense(self, x: Tensor, combine: Tensor) -> Tensor:
-        return super().dense(torch.cat([x[..., : D // 2], x[..., : D // 2].abs()], -1), combine)
-
-
 class WarmPath(_Near):
     """Sequences longer than forty tokens skip the experts of their last token."""
 
@@ -232,7 +225,7 @@ NOT_MOES = {
     for c in (
         SoftmaxOverTokens, BalancedInForward, EveryThirdCall, SampledSecond, SwappedWeights, FactorisedMemory,
         HeadsOfAttention, SoftmaxNeurons, PriorityDropping, TokenTable, MinimumSecond, FrozenAfterFirst,
-        DampedByNorm, SecondFromRest, FirstHalfOnly, WarmPath,
+        DampedByNorm, SecondFromRest, WarmPath,
     )
 }  # fmt: skip
 
@@ -274,6 +267,13 @@ class ScaledByCount(Stacked):
         return super().dense(x, combine) / (combine > 0).sum(-1, keepdim=True)
 
 
+class FirstHalfOnly(Stacked):
+    """The experts read the first half of what the router reads, and its absolute values."""
+
+    def dense(self, x: Tensor, combine: Tensor) -> Tensor:
+        return super().dense(torch.cat([x[..., : D // 2], x[..., : D // 2].abs()], -1), combine)
+
+
 class PairwiseRouter(Stacked):
     """Logits by broadcasting: the root of the width divides products that are summed by a mean."""
 
@@ -283,4 +283,4 @@ class PairwiseRouter(Stacked):
 
 
 #: Lifted exactly with what is around it, or refused.
-EITHER = {c.__name__: c for c in (OtherTensor, TwinExperts, HiddenRouter, ScaledByCount, PairwiseRouter)}
+EITHER = {c.__name__: c for c in (OtherTensor, TwinExperts, HiddenRouter, ScaledByCount, FirstHalfOnly, PairwiseRouter)}
