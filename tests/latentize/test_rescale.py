@@ -234,8 +234,9 @@ def test_more_experts_and_no_more_active_ones_start_near_the_original_with_no_ex
     assert (expanded.num_experts, expanded.top_k) == (a * N, b * K)
     # Logits move by a thousandth: weights with them, and one or two of the 400 tokens select another last expert.
     assert change(spec, expanded) < 4e-2
-    load = torch.bincount(router_forward(expanded, random(T, D, seed=20)).indices.flatten(), minlength=a * N).double()
-    parents = torch.bincount(router_forward(spec, random(T, D, seed=20)).indices.flatten(), minlength=N).double()
+    tokens = random(20 * T, D, seed=20)  # of so many, every parent's children get enough for their shares to tell
+    load = torch.bincount(router_forward(expanded, tokens).indices.flatten(), minlength=a * N).double()
+    parents = torch.bincount(router_forward(spec, tokens).indices.flatten(), minlength=N).double()
     share = load.view(a, N) / parents
     assert share.min() > 0.2 * b / a
 

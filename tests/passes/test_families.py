@@ -47,7 +47,7 @@ def test_family_is_lifted_in_every_coding(family: str, implementation: str) -> N
     lift(family, implementation, FEW[family])
 
 
-@pytest.mark.parametrize("family", ["doge", "phimoe", "nllb-moe"])
+@pytest.mark.parametrize("family", [pytest.param("doge", marks=pytest.mark.slow), "phimoe", "nllb-moe"])
 def test_family_is_refused(family: str) -> None:
     make = functools.partial(hf.build, family)
     model = make()

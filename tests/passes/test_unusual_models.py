@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from small_moe import Moe
 from torch import nn
+from torch.testing import assert_close
 
 import latentize
 
@@ -272,18 +273,27 @@ def broken(kind):
     model = Net().eval()
     if kind == "nan":
         model.moe.a.data[1, 2, 3] = float("nan")
-    elif kind == "fp8":
-        model.moe.a = nn.Parameter(model.moe.a.detach().to(torch.float8_e4m3fn), requires_grad=False)
     elif kind == "meta":
         model.moe.c = nn.Parameter(model.moe.c.to("meta"))
     return model
+
+
+def test_weights_of_eight_bits_are_read_as_the_model_computes_with_them():
+    torch.manual_seed(0)
+    model = Net().eval()
+    model.moe.a = nn.Parameter(model.moe.a.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    recipe = latentize.Recipe(latent_dim=16, experts_factor=2, topk_factor=2, heal_steps=0)
+    result = latentize.convert(model, (X,), recipe=recipe)
+    assert [block.status for block in result.blocks] == ["moe"]
+    assert result.model.moe is not model.moe
+    with torch.no_grad():
+        assert_close(result.model(X), model(X))
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         ("nan", r"moe.a \[4, 12, 16\] holds NaN or Inf; repair the weights"),
-        ("fp8", r"moe.a \[4, 12, 16\] is stored as float8_e4m3fn; dequantise it first"),
         ("meta", "load its weights"),
     ],
 )
