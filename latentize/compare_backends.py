@@ -21,6 +21,7 @@ from latentize.exporters.onnx import exporting, one_line
 from latentize.exporters.onnx_check import relative_error
 from latentize.inputs import Inputs
 from latentize.run_onnx import ORIGINAL, REWRITTEN
+from latentize.ties import TieWatch
 
 #: What runs an exported model on one call's arguments: its outputs in the order in which the model returns them.
 Runner = Callable[[Inputs], list[Tensor]]
@@ -229,6 +230,7 @@ class _Expected:
     outputs: list[Tensor]
     number: int
     scores: bool
+    closest: float  # to a tie of a router's choice, relative
 
     @property
     def main(self) -> Tensor:
@@ -236,21 +238,25 @@ class _Expected:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Inputs) -> _Expected:
-        with exporting(model):
+        with exporting(model), TieWatch(model) as ties:
             output = inputs.call(model)
         main, named = main_output(output)
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         same = (i for i, t in enumerate(outputs) if (t.data_ptr(), t.numel()) == (main.data_ptr(), main.numel()))
-        return cls(outputs, next(same, 0), named or inputs.whole_numbers)
+        return cls(outputs, next(same, 0), named or inputs.whole_numbers, ties.closest)
 
 
 class _Tally:
-    """One graph's differences over the sequences of one length."""
+    """One graph's differences over the sequences of one length.
+
+    A sequence on which it disagrees, and a router's choice is a tie within the tolerance, is left out and counted.
+    """
 
     def __init__(self, backend: Backend, which: Which, tolerance: float) -> None:
         self.which: Which = which
         self._backend, self._tolerance = backend, tolerance
         self._error, self._note = 0.0, ""
+        self._tied: list[float] = []
         self._differences = Differences()
 
     def add(self, inputs: Inputs, expected: _Expected) -> None:
@@ -258,22 +264,30 @@ class _Tally:
             return
         try:
             found = self._backend.runners[self.which](inputs)
-        except Exception as error:  # runtimes' exceptions have no common base but Exception
-            self._note = str(error) if isinstance(error, LatentizeError) else f"it does not run: {one_line(error)}"
+        except Exception as problem:  # runtimes' exceptions have no common base but Exception
+            ours = isinstance(problem, LatentizeError)
+            self._note = str(problem) if ours else f"it does not run: {one_line(problem)}"
             return
         got, wanted = ([list(t.shape) for t in tensors] for tensors in (found, expected.outputs))
         if got != wanted:
             self._note = f"it returns {got} where PyTorch returns {wanted}"
             return
-        errors = (relative_error(a, e) for a, e in zip(found, expected.outputs, strict=True))
-        self._error = max(self._error, *errors)
+        error = max((relative_error(a, e) for a, e in zip(found, expected.outputs, strict=True)), default=0.0)
+        if error > self._tolerance >= expected.closest:
+            self._tied.append(error)
+            return
+        self._error = max(self._error, error)
         self._differences.add(expected.main, _rows(found[expected.number]), scores=expected.scores)
 
     def row(self, tokens: int) -> BackendAgreement:
         error = float("inf") if self._note else self._error
+        note = self._note
+        if self._tied and not note:
+            note = f"{len(self._tied)} sequences left out, where a router's choice is a tie that rounding decides"
+            error = error if self._differences.positions else max(self._tied)
         outputs = self._differences.result() if self._differences.positions and not self._note else None
         name, limit = self._backend.name, self._tolerance
-        return BackendAgreement(name, self.which, tokens, error, limit, error <= limit, outputs, self._note)
+        return BackendAgreement(name, self.which, tokens, error, limit, error <= limit, outputs, note)
 
 
 def _rows(tensor: Tensor) -> Tensor:

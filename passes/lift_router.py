@@ -17,11 +17,10 @@ from latentize.passes.detect import Region
 from latentize.passes.head import Head
 from latentize.routing import normalize, score, selection_scores
 from latentize.spec import Groups, RouterSpec
+from latentize.ties import TIE, group_ties
 
 #: Relative error of the routing weights below which a rule is taken for a hypothesis; routers often compute in fp32.
 FITS = 2e-5
-#: Selections closer than this are ties, decided by rounding.
-TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -191,20 +190,6 @@ def _selects(rule: RouterSpec, logits: Tensor, target: _Target) -> bool:
     chosen = torch.zeros_like(choice).scatter(1, ranked.indices[:, : rule.top_k], 1.0).bool()
     wrong = (chosen != target.selected).any(-1) & clear
     return bool(clear.any()) and not bool(wrong.any())
-
-
-def group_ties(choice: Tensor, scores: Tensor, rule: RouterSpec) -> Tensor:
-    """Tokens [T] whose choice of groups is a tie; choice and scores are [T, N]."""
-    if rule.groups is None:
-        return torch.zeros(len(choice), dtype=torch.bool)
-    plain = scores if rule.selection_bias is None else scores + rule.selection_bias
-    grouped = plain.unflatten(-1, (rule.groups.count, -1))
-    totals = (
-        grouped.amax(-1) if rule.groups.score == "max" else grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
-    )
-    ranked = totals.sort(-1, descending=True).values
-    tied: Tensor = (ranked[:, rule.groups.kept - 1] - ranked[:, rule.groups.kept]) < TIE
-    return tied
 
 
 def _weighings(region: Region, rule: RouterSpec) -> Iterator[RouterSpec]:

@@ -19,12 +19,11 @@ from latentize import rescale
 from latentize.blocks import Probe
 from latentize.moe import LatentMoE, Router
 from latentize.passes.double import dtype_of, evaluating, in_double, in_fp64
-from latentize.passes.lift_router import TIE, group_ties
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
 from latentize.passes.sites import Site
-from latentize.routing import score, selection_scores
 from latentize.spec import MoESpec
+from latentize.ties import TIE, margin
 
 #: A rewrite is exact when its error is at most this many times the original's own rounding error, or FLOOR.
 SLACK, FLOOR = 4.0, 1e-6
@@ -228,20 +227,9 @@ def _margins(router: Router) -> tuple[list[Tensor], torch.utils.hooks.RemovableH
     found: list[Tensor] = []
 
     def watch(_module: nn.Module, _args: object, routing: tuple[Tensor, ...]) -> None:
-        found.append(_margin(routing[0].double(), router))
+        found.append(margin(routing[0].double(), router.spec))
 
     return found, router.register_forward_hook(watch)
-
-
-def _margin(logits: Tensor, router: Router) -> Tensor:
-    rule = router.spec
-    capped = logits if rule.softcap is None else rule.softcap * torch.tanh(logits / rule.softcap)
-    scores = capped if rule.order == "topk_first" else score(capped, rule.score)
-    ranked = selection_scores(capped, scores, rule).sort(-1, descending=True).values
-    if ranked.shape[1] == rule.top_k:
-        return torch.full((len(ranked),), math.inf, dtype=torch.float64)
-    gap = (ranked[:, rule.top_k - 1] - ranked[:, rule.top_k]).nan_to_num(nan=math.inf)
-    return torch.where(group_ties(capped, scores, rule), torch.zeros_like(gap), gap)
 
 
 def _relative(a: Tensor, b: Tensor, kept: Tensor | None, share: float) -> tuple[float, int]:

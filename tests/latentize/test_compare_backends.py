@@ -11,6 +11,7 @@ from latentize.compare_backends import Backend, agreement, available, call_memor
 from latentize.compare_inputs import Sequences
 from latentize.errors import LatentizeError
 from latentize.inputs import Inputs
+from latentize.ties import TieWatch
 
 TOLERANCES = {torch.float32: 1e-5}
 
@@ -120,3 +121,21 @@ def test_backends_that_are_not_there_are_one_line_where_asked_for(tmp_path, monk
     assert available(tmp_path, None, notes) == []
     assert "TensorRT is not compared" in notes[0]
     assert compare_backends.dtype_of(nn.Identity()) == torch.float32
+
+
+@pytest.mark.parametrize(("tied", "passed", "error"), [(1, True, 0.0), (0, False, 1e-3), (3, False, 1e-3)])
+def test_a_sequence_is_left_out_only_where_it_disagrees_on_a_tie(monkeypatch, tied, passed, error):
+    closest = iter([c for c in [0.0] * tied + [math.inf] * 9 for _ in range(2)])  # both models are run on a sequence
+    batch, wrong = calls(5), iter([1e-3] * max(1, tied) + [0.0] * 9)
+
+    class Watch(TieWatch):
+        def __exit__(self, *of):
+            super().__exit__(*of)
+            self.closest = next(closest)
+
+    monkeypatch.setattr(compare_backends, "TieWatch", Watch)
+    backend = Backend("b", {"rewritten": lambda inputs: runner(2.0 * (1 + next(wrong)))(inputs)}, TOLERANCES)
+    _, (row,) = agreement({"original": Twice(), "rewritten": Twice()}, [backend], [batch])
+    assert row.passed is passed
+    assert row.error == pytest.approx(error, rel=0.01)
+    assert ("left out" in row.note) is bool(tied)
