@@ -34,6 +34,8 @@ FALL_BACKS, FALL_BACK_RATE = 2, 0.3
 #: The learning rate over the distance that is left to go, the root of a divergence or of a squared error: a larger one
 #: moves a student that is close further away.
 RATE_PER_DISTANCE = 0.47
+#: The same where whole outputs are regressed on: a squared error says more of a student per token than a divergence.
+OUTPUT_RATE_PER_DISTANCE = 1.5
 
 
 @dataclass
@@ -207,9 +209,9 @@ class Job:
         return loss <= state.loss_before and (now, loss) < (best, state.best_loss)
 
 
-def rate_for(largest: float, loss: float) -> float:
+def rate_for(largest: float, loss: float, per_distance: float = RATE_PER_DISTANCE) -> float:
     """The learning rate to begin with where the relative squared error or divergence is `loss`."""
-    return min(largest, RATE_PER_DISTANCE * math.sqrt(max(0.0, loss))) if math.isfinite(loss) else largest
+    return min(largest, per_distance * math.sqrt(max(0.0, loss))) if math.isfinite(loss) else largest
 
 
 def is_near(rate: float, largest: float) -> bool:

@@ -15,7 +15,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_job import FALL_BACK_RATE, FALL_BACKS, Job, State, cosine, is_evaluation, is_near, rate_for
+from latentize.heal_job import (
+    FALL_BACK_RATE,
+    FALL_BACKS,
+    OUTPUT_RATE_PER_DISTANCE,
+    RATE_PER_DISTANCE,
+    Job,
+    State,
+    cosine,
+    is_evaluation,
+    is_near,
+    rate_for,
+)
 from latentize.heal_load import RoutingTap, count, follow, pressure
 from latentize.heal_pieces import pieces_of
 from latentize.heal_splice import Text
@@ -30,7 +41,8 @@ _RISING = 2.0
 def heal_model(job: Job, state: State) -> None:
     """Distil `job.teacher` into `job.student`, and leave the best weights that were measured in the student."""
     plan = job.plan
-    rate = rate_for(plan.model_rate, state.loss_after_blocks)
+    per_distance = RATE_PER_DISTANCE if job.loss.kind == "kl" else OUTPUT_RATE_PER_DISTANCE
+    rate = rate_for(plan.model_rate, state.loss_after_blocks, per_distance)
     # Far from the goal many small steps pay; near it, where steps are short, half as many are as good and cheaper, and
     # the teacher is no longer the better guide by so much that the text has nothing to add.
     near = is_near(rate, plan.model_rate)

@@ -248,7 +248,7 @@ def test_a_file_that_is_no_state_is_refused_and_nothing_in_it_is_run(tmp_path: P
 
 
 def test_a_learning_rate_that_diverges_leaves_the_start_or_better_and_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("latentize.heal_job.RATE_PER_DISTANCE", 1e9)
+    monkeypatch.setattr("latentize.heal_model.RATE_PER_DISTANCE", 1e9)
     student, teacher, student_blocks, teacher_blocks = pair()
     plan = replace(QUICK, block_steps=0, model_steps=40, model_rate=1e6, patience=2)
     report = heal(student, teacher, student_blocks, teacher_blocks, batches(), steps=plan, seed=0)
