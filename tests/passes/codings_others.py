@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from codings_base import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Coding, Ffn, Listed, Stacked, reference
+from codings_base import EXPERTS, HIDDEN, INTERMEDIATE, TOP_K, Coding, Ffn, Listed, Stacked
+from codings_storage import TiedTwoBlocks
 from torch import Tensor, nn
 
 from latentize.activations import Activation
@@ -464,23 +465,13 @@ class AmpleTwo(Stacked):
         return torch.einsum("tec,ecd->td", combine, y).view_as(x)
 
 
-class RoutersTwin(Coding):
+class RoutersTwin(TiedTwoBlocks):
     """Two layers in a row whose routers are the same module."""
-
-    blocks = 2
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = Listed(), Listed()
+        self.second = Listed()
         self.second.r = self.first.r
-
-    def expected(self, x: Tensor) -> Tensor:
-        x = x + reference(self.first.truth(), x)
-        return x + reference(self.second.truth(), x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.first(x)
-        return x + self.second(x)
 
 
 MOES = {
