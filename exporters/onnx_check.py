@@ -63,7 +63,7 @@ def check_onnx(
     """
     if not inputs:
         raise LatentizeError(f"{path}: no inputs to compare on; give at least one (args, kwargs) pair")
-    limit = TOLERANCES.get(_dtype(model), 1e-5) if tolerance is None else tolerance
+    limit = TOLERANCES.get(dtype_of(model), 1e-5) if tolerance is None else tolerance
     session = open_session(path)
     found = []
     for args, kwargs in inputs:
@@ -163,7 +163,8 @@ def _largest(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 

@@ -18,7 +18,7 @@ from latentize.compare_inputs import Sequences
 from latentize.comparison import BackendAgreement, LengthAgreement, Memory, Which
 from latentize.errors import LatentizeError
 from latentize.exporters.onnx import exporting, one_line
-from latentize.exporters.onnx_check import relative_error
+from latentize.exporters.onnx_check import dtype_of, relative_error
 from latentize.inputs import Inputs
 from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.ties import TieWatch
@@ -199,11 +199,6 @@ def call_memory(call: Callable[[], object]) -> int | None:
 def _resident(name: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _limit(backend: Backend, model: nn.Module, tolerance: float | None) -> float:

@@ -96,10 +96,9 @@ def agreement(
     A graph that cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both
     disagree and a router's choice is a tie within the tolerance are left out, counted and drawn again.
     """
-    from latentize.exporters.onnx_check import TOLERANCES, check_onnx
+    from latentize.exporters.onnx_check import TOLERANCES, check_onnx, dtype_of
 
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tolerance = TOLERANCES.get(dtype, 1e-5)
+    tolerance = TOLERANCES.get(dtype_of(model), 1e-5)
     rows = []
     for tokens, inputs in _lengths(source, model, notes):
         for attempt in range(_DRAWS):
