@@ -13,17 +13,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
-TOKENS = [1, 4, 16, 64, 128, 256, 1024, 4096]
+TOKENS = [1, 4, 16, 64, 128, 256, 1024, 4096, 16384]
 
 
 def main() -> int:
@@ -52,7 +54,7 @@ def main() -> int:
     checks = []
     os.environ.setdefault("LATENTIZE_TUNE", "0")  # for checks of many small shapes; times are taken tuned
     names = list(known) if chosen.only is None else chosen.only
-    for outcome in gpu_correct.run_checks(where, {name: known[name] for name in names}):
+    for outcome in outcomes(where, {name: known[name] for name in names}):
         print(f"{outcome['outcome']:>7}  {outcome['check']}: {outcome['found']}", flush=True)
         checks.append(outcome)
     del os.environ["LATENTIZE_TUNE"]
@@ -63,6 +65,18 @@ def main() -> int:
     record = keep(Path(chosen.output), record) if not chosen.no_keep else record
     print(page(record))
     return int(any(outcome["outcome"] == "failed" for outcome in checks))
+
+
+def outcomes(where: Any, checks: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Outcomes of the checks as they come; on a device each runs in a process of its own: they mostly compile."""
+    from gpu_correct import run_check
+
+    if where.quick or len(checks) < 2:
+        yield from (run_check(name, check, where) for name, check in checks.items())
+        return
+    with ProcessPoolExecutor(min(len(checks), os.cpu_count() or 1), multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(run_check, name, check, where) for name, check in checks.items()]):
+            yield done.result()
 
 
 def arguments() -> argparse.Namespace:
@@ -85,9 +99,14 @@ def arguments() -> argparse.Namespace:
 def measured(where: Any, tokens: list[int], families: Sequence[str] | None) -> dict[str, Any]:
     """Times of the families, with the device's measured peaks."""
     import torch
-    from gpu_speed import FAMILIES, TINY, measure, overlap, peaks
+    from gpu_speed import FAMILIES, TINY, calls_of, measure, overlap, peaks
+    from gpu_warm import compile_ahead
 
     dtype = torch.float32 if where.quick else torch.bfloat16
+    if not where.quick:
+        start = time.perf_counter()
+        number = compile_ahead(call for family in families or FAMILIES for call in calls_of(family, tokens, dtype))
+        print(f"{number} kernels compiled in {time.perf_counter() - start:.0f} s", flush=True)
     copied, gemm = peaks(where, dtype)
     times: list[dict[str, Any]] = []
     for family in families or (TINY if where.quick else FAMILIES):

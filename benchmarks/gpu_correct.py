@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -264,15 +264,11 @@ CHECKS: dict[str, Callable[[Where], str]] = {  # in the order of their running
 }
 
 
-Checks = Mapping[str, Callable[[Where], str]]
-
-
-def run_checks(where: Where, checks: Checks) -> Iterator[dict[str, str]]:
-    """One row for each check: its name, "ok", "failed" or "skipped", and a line on what was found."""
-    for name, check in checks.items():
-        try:
-            yield {"check": name, "outcome": "ok", "found": check(where)}
-        except Skipped as reason:
-            yield {"check": name, "outcome": "skipped", "found": str(reason)}
-        except Exception as reason:  # the other checks are still worth running
-            yield {"check": name, "outcome": "failed", "found": f"{type(reason).__name__}: {reason}"}
+def run_check(name: str, check: Callable[[Where], str], where: Where) -> dict[str, str]:
+    """A check's name, "ok", "failed" or "skipped", and a line on what was found."""
+    try:
+        return {"check": name, "outcome": "ok", "found": check(where)}
+    except Skipped as reason:
+        return {"check": name, "outcome": "skipped", "found": str(reason)}
+    except Exception as reason:  # the other checks are still worth running
+        return {"check": name, "outcome": "failed", "found": f"{type(reason).__name__}: {reason}"}

@@ -24,11 +24,11 @@ from torch import Tensor
 from latentize import kernels_triton
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
-from latentize.kernels_triton_steps import FORMS, FUSED_WIDTH
+from latentize.kernels_triton_steps import FUSED_WIDTH, Form, Problem
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
-Form = Callable[[Tensor], Tensor]
+Way = Callable[[Tensor], Tensor]
 Key = TypeVar("Key")
 #: Rounds of each row, and how many inputs they take in turn.
 ROUNDS, INPUTS = 21, 7
@@ -108,7 +108,7 @@ def grouped_mm(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Expert
     return slots.view(*indices.shape, -1).sum(1)
 
 
-def forms_of(block: LatentMoE, kept: Kept, tokens: int) -> dict[str, Form]:
+def forms_of(block: LatentMoE, kept: Kept, tokens: int) -> dict[str, Way]:
     """The block whole and its experts alone, ours (as chosen and in each form) and by torch's grouped product.
 
     Each takes hidden states [T, d]; the experts alone read latents and routing from `kept`.
@@ -121,17 +121,37 @@ def forms_of(block: LatentMoE, kept: Kept, tokens: int) -> dict[str, Form]:
         y = grouped_mm(latent_of(block, x), routing.indices, routing.weights.to(x.dtype), experts, e.activation)
         return y if e.latent_up is None else F.linear(y, e.latent_up)
 
-    forms: dict[str, Form] = {"block ours": block, "block grouped_mm": whole_by_grouped_mm}
+    forms: dict[str, Way] = {"block ours": block, "block grouped_mm": whole_by_grouped_mm}
     forms["router and projections"] = kept.around
     forms["experts ours"] = lambda x: e.combine(*kept(x))
     forms["experts grouped_mm"] = lambda x: grouped_mm(*kept(x), experts, e.activation)
-    for form in FORMS:
-        too_wide = form == "fused" and experts.up.shape[2] > FUSED_WIDTH
-        if not too_wide and not (form == "decode" and tokens * block.router.spec.top_k > DECODE_PAIRS):
-            forms[f"experts {form}"] = lambda x, form=form: kernels_triton.forward(
-                *kept(x), experts, e.activation, False, form
-            )
+    for form in forms_for(experts.up.shape[2], block.router.spec.top_k, tokens):
+        forms[f"experts {form}"] = lambda x, form=form: kernels_triton.forward(
+            *kept(x), experts, e.activation, False, form
+        )
     return forms
+
+
+def calls_of(family: str, tokens: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[Problem, int, Form | None]]:
+    """What `measure` will call the kernels with."""
+    original, latents = FAMILIES[family]
+    for sizes in ([original] if original else []) + list(latents):
+        activation = Activation("silu" if sizes.gated else "relu_squared")
+        problem = Problem.contiguous(
+            sizes.experts, sizes.top_k, sizes.latent, sizes.intermediate, dtype, activation,
+            gated=sizes.gated, biases=False,
+        )  # fmt: skip
+        for count in tokens:
+            yield problem, count, None
+            yield from ((problem, count, form) for form in forms_for(sizes.latent, sizes.top_k, count))
+
+
+def forms_for(width: int, top_k: int, tokens: int) -> list[Form]:
+    """The forms that are worth timing."""
+    every: list[Form] = ["grouped"]
+    if tokens * top_k <= DECODE_PAIRS:
+        every.append("decode")
+    return [*every, "fused"] if width <= FUSED_WIDTH else every
 
 
 def latent_of(block: LatentMoE, x: Tensor) -> Tensor:
@@ -184,14 +204,14 @@ class Kept:
 
 @functools.cache
 def swept() -> Tensor:
-    """Memory to write over between measurements, larger than the device's caches."""
-    return torch.empty(1 << 28, dtype=torch.int8, device="cuda")
+    """Memory to read between measurements, larger than the device's caches."""
+    return torch.zeros(1 << 26, dtype=torch.float32, device="cuda")
 
 
 class Timed:
     """One form, ready to be run on inputs [T, d] and timed."""
 
-    def __init__(self, form: Form, x: Tensor) -> None:
+    def __init__(self, form: Way, x: Tensor) -> None:
         self._form, self._x = form, x.clone()
         self._graph: Any = None
         self.mode = "eager"
@@ -220,7 +240,7 @@ class Timed:
             return time.perf_counter() - start
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
-        swept().zero_()  # caches hold nothing of use, and what follows is queued while it runs
+        swept().sum()  # caches hold nothing of use and nothing to be written back; what follows is queued meanwhile
         begin.record()
         run()
         end.record()

@@ -35,7 +35,8 @@ def check_model(where: Where) -> str:
     with torch.no_grad():
         exact = model(**inputs).logits.double()
         expected = generate("cpu")
-        on_device = {name: value.to(where.device) for name, value in inputs.items()}
+        tensors = (name for name, value in inputs.items() if isinstance(value, torch.Tensor))
+        on_device = inputs | {name: inputs[name].to(where.device) for name in tensors}
         model.to(where.device)
         found = error(model(**on_device).logits.cpu(), exact)
         same = generate(where.device) == expected

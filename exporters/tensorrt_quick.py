@@ -22,7 +22,7 @@ from latentize.errors import LatentizeError
 from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
 from latentize.exporters.onnx_experts import node_config
 from latentize.kernels_triton_aot import COUNTS, TARGETS, argument_type, compile_step
-from latentize.kernels_triton_steps import Config, Cut, Problem, Step, steps
+from latentize.kernels_triton_steps import SLICE, Config, Cut, Problem, Step, steps
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -82,6 +82,8 @@ class Kernel:
             return pairs, p.intermediate
         if name == "outputs":
             return pairs, self.cut.splits, p.width
+        if name == "chunk_counts":
+            return math.cdiv(pairs, self.cut.chunk), p.constants["EXPERTS"]
         return (pairs,) if name == "order" else (self._blocks(pairs, math),)
 
     def count(self, name: str, tokens: Any, math: Any) -> Any:
@@ -99,8 +101,10 @@ class Kernel:
             return tokens, -(-p.width // constants["ROWS"])
         if self.step.name == "combine":
             return tokens, -(-p.width // constants["COLUMNS"])
-        if self.step.name == "sort_pairs":  # there are no more blocks than pairs
-            return (math.cdiv(pairs, 64),)
+        if self.step.name == "count_pairs":
+            return (math.cdiv(pairs, self.cut.chunk),)
+        if self.step.name == "place_pairs":
+            return (math.cdiv(pairs, SLICE),)
         if self.step.name == "fused":
             return (self._blocks(pairs, math) * self.cut.splits,)
         length = p.intermediate if self.step.name == "grouped_up" else p.width

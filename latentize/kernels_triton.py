@@ -25,7 +25,6 @@ from torch import Tensor
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
 from latentize.kernels_triton_steps import (
-    COMPARISONS,
     Config,
     Cut,
     Form,
@@ -89,10 +88,7 @@ def run(problem: Problem, cut: Cut, tensors: dict[str, Tensor | None]) -> None:
     counts = {"pairs": pairs, "blocks": block_count(problem, pairs, cut.block)}
     values: dict[str, Any] = {**tensors, **counts}
     for step in steps(problem, cut):
-        if step.name == "sort_pairs" and pairs * step.constants["EXPERTS"] > COMPARISONS:
-            values |= sort_by_torch(indices, counts["blocks"], problem.num_experts, cut.block)
-        else:
-            launch(step, values, len(indices))
+        launch(step, values, len(indices))
 
 
 def problem_of(
@@ -114,8 +110,10 @@ def launch(step: Step, values: Mapping[str, Any], tokens: int) -> None:
     """One step on the tensors and counts named by its kernel's parameters."""
     arguments = [values[name] for name in step.arguments]
 
+    overlap = not _interpreted() and overlaps(torch.cuda.current_device())
+
     def attempt(config: Config) -> None:
-        step.kernel[step.grid(tokens, config.constants)](*arguments, **step.constants, **config.options())
+        step.kernel[step.grid(tokens, config.constants)](*arguments, **step.keywords(config, overlap=overlap))
 
     if _interpreted():
         attempt(step.configs[0])
@@ -128,26 +126,6 @@ def launch(step: Step, values: Mapping[str, Any], tokens: int) -> None:
         attempt(tune.tuner(device).choose(step, configs, attempt))
     else:
         attempt(tune.tuner(device).known(step) or configs[0])
-
-
-def sort_by_torch(indices: Tensor, blocks: int, num_experts: int, block: int) -> dict[str, Tensor]:
-    """What the kernel `sort_pairs` computes, by a general sort: for many pairs. Asks the device nothing either."""
-    flat = indices.reshape(-1)
-    keys = torch.where(flat < 0, num_experts, flat.clamp_max(num_experts)).to(torch.int32)
-    in_order, order = torch.sort(keys, stable=True)
-    experts = torch.arange(num_experts, device=indices.device, dtype=torch.int32)
-    last_pair = torch.searchsorted(in_order, experts, right=True)
-    counts = torch.diff(last_pair, prepend=last_pair.new_zeros(1))
-    of_expert = (counts + block - 1) // block
-    last_block = of_expert.cumsum(0)
-    number = torch.arange(blocks, device=indices.device)
-    found = torch.searchsorted(last_block, number, right=True)
-    expert = found.clamp_max(num_experts - 1)
-    offset = (number - (last_block - of_expert)[expert]) * block
-    rows = torch.where(found < num_experts, (counts[expert] - offset).clamp(0, block), 0)
-    start = (last_pair - counts)[expert] + offset
-    results = {"order": order, "block_expert": expert, "block_start": start, "block_rows": rows}
-    return {name: tensor.to(torch.int32) for name, tensor in results.items()}
 
 
 def _is(tensor: Tensor | None, dimensions: int) -> bool:
@@ -202,13 +180,19 @@ def _interpreted() -> bool:
 def _kernels_interpreted() -> bool:
     from triton.runtime.interpreter import InterpretedFunction
 
-    from latentize.kernels_triton_sort import sort_pairs
+    from latentize.kernels_triton_sort import place_pairs
 
-    return isinstance(sort_pairs, InterpretedFunction)
+    return isinstance(place_pairs, InterpretedFunction)
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@functools.cache
+def overlaps(device: int) -> bool:
+    """Whether the device lets a kernel's programs start while those of the one before run out."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

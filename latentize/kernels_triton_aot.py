@@ -22,7 +22,7 @@ PTX_VERSION = 87
 _POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 #: The parameters that are numbers; all others are tensors.
 COUNTS = ("pairs", "blocks")
-_INTEGERS = ("order", "block_expert", "block_start", "block_rows")
+_INTEGERS = ("chunk_counts", "order", "block_expert", "block_start", "block_rows")
 
 
 @dataclass(frozen=True)

@@ -242,18 +242,20 @@ def combine(
     TOP_K: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """combined [T, l] from outputs [T·k, SPLITS, l]; grid (T, ceil(l / COLUMNS)). A negative index gives NaN."""
+    """combined [T, l] from outputs [T·k, SPLITS, l]; grid (T, ceil(l / COLUMNS)). A negative index gives NaN.
+
+    OUTPUTS is TOP_K · SPLITS rounded up to a power of two: all are read at once and added in one fixed order.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([COLUMNS], tl.float32)
-    for slot in range(TOP_K):
-        pair = token * TOP_K + slot
-        expert = tl.load(indices + pair)
-        real = (expert >= 0) & (expert < NUM_EXPERTS)
-        for split in range(SPLITS):
-            at = outputs + (pair * SPLITS + split) * WIDTH + column
-            total += load_fp32(at, column < tl.where(real, WIDTH, 0))
-        total = tl.where(expert < 0, float("nan"), total)
+    row = tl.arange(0, OUTPUTS)
+    inside = row < TOP_K * SPLITS
+    expert = tl.load(indices + token * TOP_K + row // SPLITS, mask=inside, other=NUM_EXPERTS)
+    real = (expert >= 0) & (expert < NUM_EXPERTS)
+    at = outputs + ((token * TOP_K * SPLITS + row) * WIDTH)[:, None] + column[None, :]
+    total = tl.sum(load_fp32(at, real[:, None] & (column < WIDTH)[None, :]), 0)
+    total = tl.where(tl.min(expert, 0) < 0, float("nan"), total)
     tl.store(combined + token * WIDTH + column, total.to(combined.dtype.element_ty), mask=column < WIDTH)

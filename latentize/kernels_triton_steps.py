@@ -19,10 +19,10 @@ Form = Literal["decode", "fused", "grouped"]
 FORMS: tuple[Form, ...] = ("decode", "fused", "grouped")
 #: Widths up to here keep a block's accumulator on the processor: gate, up, activation and down in one kernel.
 FUSED_WIDTH = 256
-#: Pairs × experts up to which one kernel sorts the pairs by comparing them all, faster than a general sort's launches.
-COMPARISONS = 1 << 20
 #: Pairs for each distinct expert up to which reading an expert's weights once per pair is taken: repeats hit the cache.
 DECODE_REUSE = 1.25
+#: Blocks that one program of the sort lists: not more than the pairs of a chunk.
+SLICE = 64
 #: Programs that keep a large device busy.
 PROGRAMS = 264
 
@@ -71,7 +71,7 @@ class Problem:
         return {
             "NUM_EXPERTS": self.num_experts, "TOP_K": self.top_k, "WIDTH": self.width,
             "INTERMEDIATE": self.intermediate, "ON_INPUT": self.weights_on_input, "PRECISION": self.precision,
-            "PADDED": max(16, power_of_two(self.width)), "EXPERTS": power_of_two(self.num_experts),
+            "PADDED": max(16, power_of_two(self.width)), "EXPERTS": max(32, power_of_two(self.num_experts)),
             "ACTIVATION": a.name, "ALPHA": float(a.alpha), "GATE_MIN": a.gate_min, "GATE_MAX": a.gate_max,
             "UP_MIN": a.up_min, "UP_MAX": a.up_max, "UP_OFFSET": float(a.up_offset),
             **{name.upper(): value for name, value in strides.items()},
@@ -102,7 +102,10 @@ Grid = Callable[[int, Mapping[str, int]], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One launch: a kernel, its constants, its grid as a function of (tokens, config's constants), its configs."""
+    """One launch: a kernel, its constants, its grid as a function of (tokens, config's constants), its configs.
+
+    With `follows`, its programs may start while those of the step before run out, where the device can do that.
+    """
 
     name: str
     kernel: Any
@@ -110,20 +113,32 @@ class Step:
     grid: Grid
     configs: tuple[Config, ...]
     key: str = field(default="")
+    follows: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the tensors and counts, in the kernel's order."""
         return tuple(name for name in self.kernel.arg_names if name.islower())
 
+    def keywords(self, config: Config, *, overlap: bool) -> dict[str, Any]:
+        """The keyword arguments of a launch; with `overlap`, steps that can overlap do (compute capability 9.0 on)."""
+        keywords = {**self.constants, **config.options()}
+        if "OVERLAP" in keywords:
+            keywords["OVERLAP"] = overlap
+        return keywords | {"launch_pdl": True} if overlap and self.follows else keywords
+
 
 @dataclass(frozen=True)
 class Cut:
-    """How a form cuts its work for some tokens: blocks of `block` rows, outputs in `splits` parts to be added."""
+    """How a form cuts its work for some tokens: blocks of `block` rows, outputs in `splits` parts to be added.
+
+    Pairs are sorted by `chunk` at a time.
+    """
 
     form: Form
     block: int
     splits: int
+    chunk: int = 128
 
     @classmethod
     def of(cls, problem: Problem, tokens: int, form: Form | None = None) -> Cut:
@@ -131,13 +146,15 @@ class Cut:
         form = form or choose_form(problem, tokens)
         if form == "decode":
             return cls(form, 16, 1)
-        share = power_of_two(max(1, tokens * problem.top_k // problem.num_experts))  # pairs that an expert gets
+        pairs = tokens * problem.top_k
+        share = power_of_two(max(1, pairs // problem.num_experts))  # pairs that an expert gets
+        chunk = min(1024, max(128, power_of_two(pairs) // 256))
         largest = 128 if form == "grouped" else 128 // problem.dtype.itemsize  # fused: they stay in shared memory whole
         block = min(largest, max(16, share))
         if form == "grouped":
-            return cls(form, block, 1)
-        idle = PROGRAMS // max(1, block_count(problem, tokens * problem.top_k, block))
-        return cls(form, block, min(8, power_of_two(max(1, idle)), -(-problem.intermediate // 32)))
+            return cls(form, block, 1, chunk)
+        idle = PROGRAMS // max(1, block_count(problem, pairs, block))
+        return cls(form, block, min(8, power_of_two(max(1, idle)), -(-problem.intermediate // 32)), chunk)
 
 
 def block_count(problem: Problem, pairs: int, block: int) -> int:
@@ -153,6 +170,7 @@ def workspaces(problem: Problem, tokens: int, cut: Cut) -> dict[str, tuple[tuple
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"order": ((pairs,), torch.int32)}
     for name in ("block_expert", "block_start", "block_rows"):
         shapes[name] = ((block_count(problem, pairs, cut.block),), torch.int32)
+    shapes["chunk_counts"] = ((-(-pairs // cut.chunk), problem.constants["EXPERTS"]), torch.int32)
     shapes["outputs"] = ((pairs, cut.splits, problem.width), problem.dtype)
     if cut.form == "grouped":
         shapes["activated"] = ((pairs, problem.intermediate), problem.dtype)
@@ -181,40 +199,44 @@ def steps(problem: Problem, cut: Cut) -> tuple[Step, ...]:
     """The launches of one call, in order; Triton must be installed."""
     from latentize import kernels_triton_decode as decode
     from latentize import kernels_triton_grouped as grouped
-    from latentize.kernels_triton_sort import sort_pairs
+    from latentize.kernels_triton_sort import count_pairs, place_pairs
 
     k, m, width = problem.top_k, problem.intermediate, problem.width
-    constants = {**problem.constants, "BLOCK": cut.block, "SPLITS": cut.splits, "SLICE": 64}
-    constants["CHUNK"] = min(128, max(16, 16384 // constants["EXPERTS"]))
+    constants = {**problem.constants, "BLOCK": cut.block, "SPLITS": cut.splits, "CHUNK": cut.chunk, "SLICE": SLICE,
+                 "OVERLAP": False}  # fmt: skip
+    constants["OUTPUTS"] = power_of_two(k * cut.splits)
+    constants["CHUNKS"] = max(1, min(64, 8192 // constants["EXPERTS"]))
 
     def blocks(tokens: int) -> int:
         return block_count(problem, tokens * k, cut.block)
 
-    def step(kernel: Any, grid: Grid, configs: tuple[Config, ...]) -> Step:
+    def step(kernel: Any, grid: Grid, configs: tuple[Config, ...], *, follows: bool = False) -> Step:
         own = {name: constants[name] for name in kernel.arg_names if name in constants}
         name = kernel.fn.__name__
-        return Step(name, kernel, own, grid, configs, f"{name} {problem} {cut}")
+        return Step(name, kernel, own, grid, configs, f"{name} {problem} {cut}", follows)
 
     if cut.form == "decode":
         first = step(decode.decode_up, lambda t, c: (t * k, -(-m // c["ROWS"])), streaming(problem, width))
-        second = step(decode.decode_down, lambda t, c: (t, -(-width // c["ROWS"])), streaming(problem, m))
+        rows = streaming(problem, m)
+        second = step(decode.decode_down, lambda t, c: (t, -(-width // c["ROWS"])), rows, follows=True)
         return first, second
-    sort = step(sort_pairs, lambda t, _: (-(-max(t * k, blocks(t)) // 64),), (Config({}, 8),))
-    add = step(grouped.combine, lambda t, c: (t, -(-width // c["COLUMNS"])), combining(width))
+    count = step(count_pairs, lambda t, _: (-(-t * k // cut.chunk),), (Config({}, 4),))
+    place = step(place_pairs, lambda t, _: (-(-t * k // SLICE),), (Config({}, 8),))
+    add = step(grouped.combine, lambda t, c: (t, -(-width // c["COLUMNS"])), combining(k * cut.splits, width))
     if cut.form == "fused":
         both = step(grouped.fused, lambda t, _: (blocks(t) * cut.splits,), fusing(problem, cut.block))
-        return sort, both, add
+        return count, place, both, add
     up_tiles, down_tiles = tiling(problem, cut.block, up=True), tiling(problem, cut.block)
     first = step(grouped.grouped_up, lambda t, c: (blocks(t) * -(-m // c["COLUMNS"]),), up_tiles)
     second = step(grouped.grouped_down, lambda t, c: (blocks(t) * -(-width // c["COLUMNS"]),), down_tiles)
-    return sort, first, second, add
+    return count, place, first, second, add
 
 
 def streaming(problem: Problem, length: int) -> tuple[Config, ...]:
     """Configs of the decode kernels, whose inner loop runs over `length`; the first is taken where nothing is tuned."""
     size = problem.dtype.itemsize
     chosen = []
-    sizes = ((4, 1024, 4, 3), (8, 512, 4, 3), (2, 2048, 4, 3), (4, 1024, 4, 1))
+    sizes = ((4, 2048, 4, 4), (2, 2048, 4, 4), (8, 512, 2, 4), (4, 1024, 8, 1), (1, 2048, 2, 1))
     for rows, nbytes, warps, stages in sizes:
         inner = min(nbytes // size, max(16, power_of_two(length)))
         rows = min(64, rows * (nbytes // size) // inner)  # short rows: more of them
@@ -226,8 +248,8 @@ def streaming(problem: Problem, length: int) -> tuple[Config, ...]:
 def tiling(problem: Problem, block: int, *, up: bool = False) -> tuple[Config, ...]:
     """Configs of a grouped matrix product: columns of the result and bytes of a row of an operand tile."""
     operands = 2 if up and problem.gate is not None else 1
-    few = ((64, 128, 4, 4), (64, 256, 4, 3), (128, 128, 4, 4), (32, 256, 4, 4))  # rows: weights stream past them
-    many = ((64, 128, 4, 3), (128, 128, 8, 3), (256, 128, 8, 3), (128, 128, 8, 4))
+    few = ((64, 256, 4, 4), (64, 256, 4, 3), (32, 256, 4, 4), (128, 256, 4, 2))  # rows: weights stream past them
+    many = ((128, 128, 8, 3), (256, 128, 8, 3), (256, 128, 8, 4), (64, 128, 8, 3), (128, 128, 4, 3), (64, 128, 4, 3))
     chosen = []
     for columns, nbytes, warps, stages in few if block <= 32 else many:
         if block * columns * operands > 128 * 32 * warps:  # fp32 accumulators: at most 128 registers of a thread
@@ -248,9 +270,9 @@ def fusing(problem: Problem, block: int) -> tuple[Config, ...]:
     )
 
 
-def combining(width: int) -> tuple[Config, ...]:
-    """The config of the combine kernel."""
-    return (Config({"COLUMNS": min(1024, power_of_two(width))}, 4, 1),)
+def combining(outputs: int, width: int) -> tuple[Config, ...]:
+    """The config of the combine kernel, which adds so many rows: about 4096 values at a time."""
+    return (Config({"COLUMNS": min(power_of_two(width), max(32, 4096 // power_of_two(outputs)))}, 4, 1),)
 
 
 def fitting(configs: tuple[Config, ...], shared: int) -> tuple[Config, ...]:

@@ -42,6 +42,7 @@ def descriptions(kernel, tokens):
     blocks = block_count(p, tokens * p.top_k, kernel.cut.block)
     shapes |= {"activated": (tokens * p.top_k, p.intermediate), "order": (tokens * p.top_k,),
                "outputs": (tokens * p.top_k, kernel.cut.splits, p.width)}  # fmt: skip
+    shapes["chunk_counts"] = (-(-tokens * p.top_k // kernel.cut.chunk), p.constants["EXPERTS"])
     shapes |= dict.fromkeys(("block_expert", "block_start", "block_rows"), (blocks,))
     kinds = [stand_in.DataType(kernel.kind(name)) for name in kernel.inputs]
     given = [stand_in.from_shape_expr(shapes[n], kind) for n, kind in zip(kernel.inputs, kinds, strict=True)]
@@ -126,7 +127,7 @@ def test_nodes_of_the_graph_become_a_chain_of_plugins(tmp_path, tokens):
 
 
 def test_kernels_that_need_more_shared_memory_than_any_launch_gets_are_refused():
-    (_, fused, _) = kernels(problem(torch.float32, width=256), FUSED)
+    (*_, fused, _) = kernels(problem(torch.float32, width=256), FUSED)
     with pytest.raises(LatentizeError, match=r"kernel fused at l 256, m 48 needs more than 48 KiB of shared memory"):
         _ = fused.configs
 

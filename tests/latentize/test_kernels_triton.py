@@ -15,7 +15,6 @@ import torch
 from latentize import kernels_triton, ops
 from latentize.activations import Activation
 from latentize.kernels_torch import Experts
-from latentize.kernels_triton import sort_by_torch
 from latentize.kernels_triton_steps import (
     Config,
     Cut,
@@ -131,31 +130,6 @@ def test_form_follows_how_many_pairs_share_an_expert(tokens, width, experts, k, 
     assert choose_form(problem(experts, k, width), tokens) == form
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_blocks_of_sorted_pairs(seed):
-    """Every real pair stands once, in order, in a block of its expert; the bound on blocks holds."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens, k, experts, block = ((1, 1, 1, 16), (50, 3, 7, 16), (200, 4, 3, 32), (9, 9, 1000, 16))[seed % 4]
-    indices = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
-    blocks = block_count(problem(experts, k), indices.numel(), block)
-    of = sort_by_torch(indices, blocks, experts, block)
-    flat, seen = indices.reshape(-1), []
-    for expert, start, rows in zip(of["block_expert"], of["block_start"], of["block_rows"], strict=True):
-        pairs = of["order"][start : start + rows]
-        assert (flat[pairs] == expert).all()
-        assert pairs.tolist() == sorted(pairs.tolist())
-        seen += pairs.tolist()
-    assert sorted(seen) == ((flat >= 0) & (flat < experts)).nonzero().flatten().tolist()
-
-
-def test_the_bound_on_blocks_is_tight():
-    """One expert with a full block and one pair more, every other with one pair."""
-    indices = torch.cat([torch.zeros(17, dtype=torch.int64), torch.arange(1, 9)])[:, None]
-    bound = block_count(problem(9, 1), len(indices), 16)
-    used = sort_by_torch(indices, 100, 9, 16)["block_rows"].count_nonzero()
-    assert used <= bound <= used + 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [5, 100, 256])
 def test_configs_fit_the_sizes_and_the_smallest_devices(dtype, width):
@@ -234,9 +208,9 @@ def test_a_step_knows_its_arguments_constants_and_grid():
     assert steps(problem(), Cut.of(problem(), 1)) is steps(problem(), Cut.of(problem(), 2))
     p = problem(width=128)
     cut = Cut.of(p, 64)
-    sort, fused, combine = steps(p, cut)
-    assert (sort.name, fused.name, combine.name) == ("sort_pairs", "fused", "combine")
+    count, place, fused, combine = steps(p, cut)
+    assert [s.name for s in (count, place, fused, combine)] == ["count_pairs", "place_pairs", "fused", "combine"]
     assert fused.grid(64, {}) == (block_count(p, 512, cut.block) * cut.splits,)
     given = {"hidden", "indices", "weights", "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "combined"}
-    named = {name for step in (sort, fused, combine) for name in step.arguments} - {"pairs", "blocks"}
+    named = {name for step in (count, place, fused, combine) for name in step.arguments} - {"pairs", "blocks"}
     assert named - given == set(workspaces(p, 64, cut))

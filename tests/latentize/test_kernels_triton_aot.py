@@ -55,14 +55,15 @@ def test_grouped_compiles_to_tensor_core_products(target):
     pytest.importorskip("triton")
     compiled = compile_for(target, problem(gated=False, activation=Activation("relu_squared")), "grouped", tokens=512)
     assert_machine_code(compiled, target)
-    sort, up, down, combine = compiled.kernels
+    count, place, up, down, combine = compiled.kernels
     for kernel in (up, down):
         assert ("wgmma.mma_async" if target == 90 else "mma.sync") in kernel.ptx
     names = [argument.name for argument in up.arguments]
     assert "gate" not in names
     assert "up_bias" not in names
     assert names[-3:] == ["activated", "scratch0", "scratch1"] or names[-1] == "activated"
-    assert [a.type for a in sort.arguments[:3]] == ["*i64", "i32", "i32"]
+    assert [a.type for a in count.arguments[:3]] == ["*i64", "i32", "*i32"]
+    assert [a.type for a in place.arguments[:5]] == ["*i64", "*i32", "i32", "i32", "*i32"]
     assert [a.name for a in combine.arguments[:3]] == ["indices", "outputs", "combined"]
 
 
@@ -71,7 +72,7 @@ def test_fused_compiles(dtype):
     pytest.importorskip("triton")
     compiled = compile_for(80, problem(dtype, width=32, gated=dtype == torch.float16), "fused", tokens=64)
     assert_machine_code(compiled, 80)
-    fused = compiled.kernels[1]
+    fused = compiled.kernels[2]
     assert ("mma.sync" in fused.ptx) == (dtype == torch.float16)  # fp32 is multiplied exactly
     assert fused.shared <= 166912
 
@@ -143,5 +144,6 @@ def test_what_a_launch_passes_is_what_the_kernels_take(form, tokens, monkeypatch
     for step in steps(p, cut):
         config = step.configs[0]
         arguments, grid = [values[name] for name in step.arguments], step.grid(tokens, config.constants)
-        compiled = step.kernel.warmup(*arguments, grid=grid, **step.constants, **config.options())
+        compiled = step.kernel.warmup(*arguments, grid=grid, **step.keywords(config, overlap=True))
         assert compiled.asm["cubin"].startswith(b"\x7fELF")
+        assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == step.follows == (step.name == "decode_down")

@@ -183,22 +183,46 @@ def test_weights_past_two_to_the_31_elements(form):
     assert_close(run(c._replace(experts=far), form), run(c, form), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tokens, experts, k", [(1, 1, 1), (7, 3, 2), (40, 5, 3), (300, 4, 1)])
-def test_the_sorting_kernel_is_the_general_sort(tokens, experts, k):
-    generator = torch.Generator().manual_seed(tokens)
-    indices = torch.randint(-1, experts + 2, (tokens, k), generator=generator)
+def placed(indices: torch.Tensor, experts: int, block: int, chunk: int) -> dict[str, torch.Tensor]:
+    """What the sorting kernels write for indices [T, k], over memory that held other values."""
+    tokens, k = indices.shape
     problem = Problem.contiguous(experts, k, 16, 16, torch.float32, SILU, gated=False, biases=False)
-    cut = Cut.of(problem, tokens, "grouped")
-    blocks = block_count(problem, indices.numel(), cut.block)
-    expected = kernels_triton.sort_by_torch(indices, blocks, experts, cut.block)
-    held = {name: torch.empty(s, dtype=dtype) for name, (s, dtype) in workspaces(problem, tokens, cut).items()}
-    given = {"indices": indices, "pairs": indices.numel(), "blocks": blocks, **held}
-    kernels_triton.launch(steps(problem, cut)[0], given, tokens)
-    used = expected["block_rows"] > 0
-    assert torch.equal(given["order"], expected["order"])
-    assert torch.equal(given["block_rows"], expected["block_rows"])
-    for name in ("block_expert", "block_start"):
-        assert torch.equal(given[name][used], expected[name][used])
+    cut = Cut("grouped", block, 1, chunk)
+    held = {name: torch.full(s, -7, dtype=dtype) for name, (s, dtype) in workspaces(problem, tokens, cut).items()}
+    counts = {"pairs": indices.numel(), "blocks": block_count(problem, indices.numel(), block)}
+    given = {"indices": indices, **counts, **held}
+    for step in steps(problem, cut)[:2]:
+        kernels_triton.launch(step, given, tokens)
+    return held
+
+
+@pytest.mark.parametrize(
+    "tokens, experts, k, block, chunk",
+    [(1, 1, 1, 16, 128), (50, 7, 3, 16, 128), (200, 3, 4, 32, 128), (9, 1000, 9, 16, 128), (300, 40, 4, 64, 256)],
+)
+@pytest.mark.parametrize("absent", [0, 2])
+def test_blocks_of_sorted_pairs(tokens, experts, k, block, chunk, absent):
+    """Every real pair stands once, in order, in a block of its expert; blocks past the last one have no rows."""
+    generator = torch.Generator().manual_seed(tokens)
+    indices = torch.randint(-absent, experts + absent, (tokens, k), generator=generator)
+    of = placed(indices, experts, block, chunk)
+    flat, seen = indices.reshape(-1), []
+    for expert, start, rows in zip(of["block_expert"], of["block_start"], of["block_rows"], strict=True):
+        pairs = of["order"][start : start + rows]
+        assert 0 <= rows <= block
+        assert (flat[pairs] == expert).all()
+        assert pairs.tolist() == sorted(pairs.tolist())
+        seen += pairs.tolist()
+    assert seen == sorted(seen, key=lambda pair: (int(flat[pair]), pair))
+    assert sorted(seen) == ((flat >= 0) & (flat < experts)).nonzero().flatten().tolist()
+
+
+def test_the_bound_on_blocks_is_tight():
+    """One expert with a full block and one pair more, every other with one pair."""
+    indices = torch.cat([torch.zeros(17, dtype=torch.int64), torch.arange(1, 9)])[:, None]
+    rows = placed(indices, 9, 16, 128)["block_rows"]
+    assert len(rows) - 1 <= rows.count_nonzero() <= len(rows)
+    assert rows.sum() == 25
 
 
 def test_the_operator_uses_them_with_gradients_and_passes_opcheck():
