@@ -139,6 +139,7 @@ def requirements(times: Sequence[Row]) -> list[dict[str, Any]]:
         name = f"{family}, {block}, T = {tokens}: "
         if tokens <= 16:
             ask(name + "experts' fraction of copy bandwidth", r["bandwidth"], 0.8)
+            ask(name + "experts' fraction of the rate of a copy of as many bytes", r["copied"], 0.8)
             ask(name + "experts, times as fast as grouped_mm", rival["us"] / r["us"], 1.3)
         elif tokens >= 4096:
             ask(name + "experts' fraction of GEMM rate", r["gemm"], 0.6)

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentize import kernels_triton, ops
+from latentize import kernels_triton, ops, route_triton
 from latentize.activations import FUNCTIONS, Activation
 from latentize.kernels_torch import Experts
 from latentize.kernels_triton_steps import FORMS, Form
 from latentize.moe import LatentMoE
 from latentize.reference import experts_forward
-from latentize.routing import Routing
+from latentize.routing import Routing, route
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 SILU = Activation("silu")
@@ -155,6 +155,24 @@ def check_sizes(where: Where) -> str:
     return f"{worst:.2f} of the tolerance"
 
 
+def check_routing(where: Where) -> str:
+    """The router's one launch against its definition in fp64; as many experts and choices as there are."""
+    worst, routed = 0.0, 0
+    sizes = ((5, 8, 3), (2, 64, 8)) if where.quick else ((64, 128, 8), (4096, 512, 22), (33, 1000, 32))
+    for tokens, experts, k in sizes:
+        for rule in ({}, {"score": "sigmoid", "normalize": "sum", "scale": 2.5}, {"order": "topk_first"}):
+            router = RouterSpec(torch.empty(0), k, **rule)  # type: ignore[arg-type]
+            logits = torch.randn(tokens, experts, device=where.device)
+            assert route_triton.serves(logits, router), "the routing kernel does not serve this device"
+            found, exact = route_triton.route(logits, router), route(logits.double(), router)
+            clear = (found.indices == exact.indices).all(1)  # near ties fall either way in fp32
+            assert clear.double().mean() > 0.995, f"{tokens} tokens, {rule}: {(~clear).sum()} chose otherwise"
+            worst = max(worst, error(found.weights[clear], exact.weights[clear]))
+            routed += tokens
+    assert worst < 2e-6, f"weights differ by {worst:.1e}"
+    return f"{routed} tokens, largest relative error of the weights {worst:.1e}"
+
+
 def check_determinism(where: Where) -> str:
     """The same bits again, and from several threads at once."""
     from concurrent.futures import ThreadPoolExecutor
@@ -244,7 +262,7 @@ def check_memory(where: Where) -> str:
     environment = {**os.environ, "LATENTIZE_TUNE": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     script = str(Path(__file__).with_name("gpu_check.py"))
     command = [checker, "--error-exitcode", "9", sys.executable, script, "--only", "sizes", "--no-times", "--no-keep"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=150)
     summary = next((line for line in done.stdout.splitlines()[::-1] if "ERROR SUMMARY" in line), "")
     if not summary:
         raise Skipped(f"compute-sanitizer did not run here: {(done.stderr or done.stdout).strip()[-200:]}")
@@ -256,6 +274,7 @@ CHECKS: dict[str, Callable[[Where], str]] = {  # in the order of their running
     "activations": check_activations,
     "forms": check_forms,
     "sizes": check_sizes,
+    "routing": check_routing,
     "determinism": check_determinism,
     "gradients": check_gradients,
     "compile": check_compile,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from latentize.kernels_triton import overlaps
 from latentize.kernels_triton_aot import argument_type
 from latentize.kernels_triton_steps import Config, Cut, Form, Problem, Step, fitting, steps
 
@@ -43,7 +42,7 @@ def compile_job(job: Job) -> bool:
     problem, cut, number, config = job
     step = steps(problem, cut)[number]
     try:
-        step.kernel.warmup(*mock_arguments(step, problem), grid=(1,), **step.keywords(config, overlap=overlaps(0)))
+        step.kernel.warmup(*mock_arguments(step, problem), grid=(1,), **step.constants, **config.options())
     except Exception:  # the tuner meets it again, and says what is wrong
         return False
     return True

@@ -42,11 +42,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def serves(hidden: Tensor, experts: Experts) -> bool:
     """Whether these kernels can take the tensors as they are: on CUDA, rows contiguous, Triton at hand and working."""
-    if hidden.dtype not in _DTYPES or not _available():
+    if hidden.dtype not in _DTYPES or not all(t is None or _rows_contiguous(t) for t in experts):
         return False
-    if not all(t is None or _rows_contiguous(t) for t in experts):
+    return runs_on(hidden.device)
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton's kernels run on a device."""
+    if not _available():
         return False
-    return _works(hidden.device.index) if hidden.is_cuda else _interpreted()
+    return _works(device.index) if device.type == "cuda" else device.type == "cpu" and _interpreted()
 
 
 def forward(
@@ -71,7 +76,7 @@ def forward(
     cut = Cut.of(problem, len(hidden), form)
     shapes = workspaces(problem, len(hidden), cut)
     held = {name: hidden.new_empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
-    with _on_device(hidden):
+    with on_device(hidden):
         run(problem, cut, {**given, **experts._asdict(), **held, "combined": combined})
     return combined
 
@@ -110,10 +115,8 @@ def launch(step: Step, values: Mapping[str, Any], tokens: int) -> None:
     """One step on the tensors and counts named by its kernel's parameters."""
     arguments = [values[name] for name in step.arguments]
 
-    overlap = not _interpreted() and overlaps(torch.cuda.current_device())
-
     def attempt(config: Config) -> None:
-        step.kernel[step.grid(tokens, config.constants)](*arguments, **step.keywords(config, overlap=overlap))
+        step.kernel[step.grid(tokens, config.constants)](*arguments, **step.constants, **config.options())
 
     if _interpreted():
         attempt(step.configs[0])
@@ -185,14 +188,9 @@ def _kernels_interpreted() -> bool:
     return isinstance(place_pairs, InterpretedFunction)
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches inside go to the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
-@functools.cache
-def overlaps(device: int) -> bool:
-    """Whether the device lets a kernel's programs start while those of the one before run out."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @functools.cache

@@ -1,33 +1,16 @@
 """The routed experts for few tokens: every (token, expert) pair reads its expert's weights, nothing is sorted.
 
 Two kernels without atomics. `decode_up`: one program per pair and rows of gate and up. `decode_down`: one program per
-token and rows of its output, which adds the k experts in the order of their slots. Both only stream weights. Where
-OVERLAP is set (compute capability 9.0 on, the second launched with `launch_pdl`), programs of the second start while
-the first is running out, and fetch their first weights before they wait for it.
+token and rows of its output, which adds the k experts in the order of their slots. Both only stream weights.
+Starting the second while the first runs out (programmatic dependent launch) made both slower on an H100.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from latentize.kernels_triton_math import activate, load_fp32
-
-#: Bytes that a program of the second kernel fetches before the first has ended.
-PREFETCHED: tl.constexpr = tl.constexpr(32768)
-
-
-@triton.jit
-def fetch_rows(starts, LENGTH: tl.constexpr):
-    """Bring rows of LENGTH elements from the pointers `starts` on into the second-level cache; waits for nothing."""
-    LINE: tl.constexpr = 1024 // starts.dtype.element_ty.primitive_bitwidth
-    LINES: tl.constexpr = triton.next_power_of_2((LENGTH + LINE - 1) // LINE)
-    at = tl.minimum(tl.arange(0, LINES) * LINE, LENGTH - 1)
-    addresses = (starts[:, None] + at[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -61,11 +44,8 @@ def decode_up(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """activated [T·k, m] fp32 from hidden [T, l], indices and weights [T, k]; grid (T·k, ceil(m / ROWS))."""
-    if OVERLAP:
-        gdc_launch_dependents()
     pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(indices + pair)
     if (expert < 0) | (expert >= NUM_EXPERTS):
@@ -118,20 +98,11 @@ def decode_down(
     ROWS: tl.constexpr,
     INNER: tl.constexpr,
     STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """combined [T, l] from activated [T·k, m] fp32; grid (T, ceil(l / ROWS)). A negative index gives NaN."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, INNER)
-    if OVERLAP:
-        TILE_BYTES: tl.constexpr = ROWS * INTERMEDIATE * down.dtype.element_ty.primitive_bitwidth // 8
-        AHEAD: tl.constexpr = min(TOP_K, max(1, PREFETCHED // TILE_BYTES))
-        for slot in tl.static_range(AHEAD):
-            expert = tl.load(indices + token * TOP_K + slot)
-            expert = tl.where((expert >= 0) & (expert < NUM_EXPERTS), expert, 0)
-            fetch_rows(down + expert * DOWN_STRIDE + tl.minimum(row, WIDTH - 1) * DOWN_ROW, INTERMEDIATE)
-        gdc_wait()
     sums = tl.zeros([ROWS, INNER], tl.float32)
     CHUNKS: tl.constexpr = (INTERMEDIATE + INNER - 1) // INNER
     for step in tl.range(0, TOP_K * CHUNKS, num_stages=STAGES):

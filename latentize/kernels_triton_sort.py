@@ -54,7 +54,7 @@ def place_pairs(
     CHUNKS: tl.constexpr,
     SLICE: tl.constexpr,
 ):
-    """The places of a chunk's pairs and a slice of the blocks; grid (ceil(pairs / SLICE),), more than enough.
+    """The places of a chunk's pairs, SLICE at a time, and SLICE blocks; grid (ceil(pairs / SLICE),), more than enough.
 
     order [pairs] int32: the pairs sorted by expert; those of no expert have no place, and as many at its end are not
     written. block_expert, block_start (position in `order`), block_rows [blocks] int32. The counts of CHUNKS chunks are
@@ -66,30 +66,30 @@ def place_pairs(
         return
     expert = tl.arange(0, EXPERTS)
     chunk = tl.arange(0, CHUNKS)
-    counts = tl.zeros([EXPERTS], tl.int32)
-    before = tl.zeros([EXPERTS], tl.int32)  # pairs of the expert in earlier chunks
+    earlier = tl.zeros([CHUNKS, EXPERTS], tl.int32)
+    later = tl.zeros([CHUNKS, EXPERTS], tl.int32)
     for start in range(0, chunks, CHUNKS):
         number = start + chunk
         at = chunk_counts + number[:, None] * EXPERTS + expert[None, :]
         some = tl.load(at, mask=(number < chunks)[:, None], other=0)
-        counts += tl.sum(some, 0)
-        before += tl.sum(tl.where((number < program)[:, None], some, 0), 0)
+        is_earlier = (number < program)[:, None]
+        earlier += tl.where(is_earlier, some, 0)
+        later += tl.where(is_earlier, 0, some)
+    before = tl.sum(earlier, 0)
+    counts = before + tl.sum(later, 0)
     of_expert = (counts + BLOCK - 1) // BLOCK
     last_block, last_pair = tl.cumsum(of_expert, 0), tl.cumsum(counts, 0)
     first_pair = last_pair - counts
 
     if program < chunks:
-        inside = tl.arange(0, CHUNK)
-        mine = program * CHUNK + inside
-        key, real = load_keys(indices, mine, pairs, NUM_EXPERTS)
-        earlier = tl.zeros([CHUNK, 32], tl.int32)
-        for start in range(0, CHUNK, 32):
-            other = start + tl.arange(0, 32)
-            other_key, other_real = load_keys(indices, program * CHUNK + other, pairs, NUM_EXPERTS)
-            same = (other_key[None, :] == key[:, None]) & (other[None, :] < inside[:, None])
-            earlier += (same & other_real[None, :]).to(tl.int32)
-        place = tl.gather(first_pair + before, key, 0) + tl.sum(earlier, 1)
-        tl.store(order + place, mine, mask=real)
+        place = first_pair + before  # of the next pair of each expert
+        inside = tl.arange(0, SLICE)
+        for start in range(program * CHUNK, tl.minimum((program + 1) * CHUNK, pairs), SLICE):
+            key, real = load_keys(indices, start + inside, pairs, NUM_EXPERTS)
+            same = (key[None, :] == key[:, None]) & real[None, :] & (inside[None, :] < inside[:, None])
+            at = tl.gather(place, key, 0) + tl.sum(same.to(tl.int32), 1)
+            tl.store(order + at, start + inside, mask=real)
+            place += tl.histogram(key, EXPERTS, mask=real)
 
     block = program * SLICE + tl.arange(0, SLICE)
     block_of = tl.sum((last_block[:, None] <= block[None, :]).to(tl.int32), 0)  # EXPERTS for blocks past the last one

@@ -102,10 +102,7 @@ Grid = Callable[[int, Mapping[str, int]], tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One launch: a kernel, its constants, its grid as a function of (tokens, config's constants), its configs.
-
-    With `follows`, its programs may start while those of the step before run out, where the device can do that.
-    """
+    """One launch: a kernel, its constants, its grid as a function of (tokens, config's constants), its configs."""
 
     name: str
     kernel: Any
@@ -113,19 +110,11 @@ class Step:
     grid: Grid
     configs: tuple[Config, ...]
     key: str = field(default="")
-    follows: bool = False
 
     @property
     def arguments(self) -> tuple[str, ...]:
         """Names of the tensors and counts, in the kernel's order."""
         return tuple(name for name in self.kernel.arg_names if name.islower())
-
-    def keywords(self, config: Config, *, overlap: bool) -> dict[str, Any]:
-        """The keyword arguments of a launch; with `overlap`, steps that can overlap do (compute capability 9.0 on)."""
-        keywords = {**self.constants, **config.options()}
-        if "OVERLAP" in keywords:
-            keywords["OVERLAP"] = overlap
-        return keywords | {"launch_pdl": True} if overlap and self.follows else keywords
 
 
 @dataclass(frozen=True)
@@ -148,7 +137,7 @@ class Cut:
             return cls(form, 16, 1)
         pairs = tokens * problem.top_k
         share = power_of_two(max(1, pairs // problem.num_experts))  # pairs that an expert gets
-        chunk = min(1024, max(128, power_of_two(pairs) // 256))
+        chunk = min(2048, max(128, power_of_two(pairs) // 256))
         largest = 128 if form == "grouped" else 128 // problem.dtype.itemsize  # fused: they stay in shared memory whole
         block = min(largest, max(16, share))
         if form == "grouped":
@@ -202,23 +191,21 @@ def steps(problem: Problem, cut: Cut) -> tuple[Step, ...]:
     from latentize.kernels_triton_sort import count_pairs, place_pairs
 
     k, m, width = problem.top_k, problem.intermediate, problem.width
-    constants = {**problem.constants, "BLOCK": cut.block, "SPLITS": cut.splits, "CHUNK": cut.chunk, "SLICE": SLICE,
-                 "OVERLAP": False}  # fmt: skip
+    constants = {**problem.constants, "BLOCK": cut.block, "SPLITS": cut.splits, "CHUNK": cut.chunk, "SLICE": SLICE}
     constants["OUTPUTS"] = power_of_two(k * cut.splits)
     constants["CHUNKS"] = max(1, min(64, 8192 // constants["EXPERTS"]))
 
     def blocks(tokens: int) -> int:
         return block_count(problem, tokens * k, cut.block)
 
-    def step(kernel: Any, grid: Grid, configs: tuple[Config, ...], *, follows: bool = False) -> Step:
+    def step(kernel: Any, grid: Grid, configs: tuple[Config, ...]) -> Step:
         own = {name: constants[name] for name in kernel.arg_names if name in constants}
         name = kernel.fn.__name__
-        return Step(name, kernel, own, grid, configs, f"{name} {problem} {cut}", follows)
+        return Step(name, kernel, own, grid, configs, f"{name} {problem} {cut}")
 
     if cut.form == "decode":
         first = step(decode.decode_up, lambda t, c: (t * k, -(-m // c["ROWS"])), streaming(problem, width))
-        rows = streaming(problem, m)
-        second = step(decode.decode_down, lambda t, c: (t, -(-width // c["ROWS"])), rows, follows=True)
+        second = step(decode.decode_down, lambda t, c: (t, -(-width // c["ROWS"])), streaming(problem, m))
         return first, second
     count = step(count_pairs, lambda t, _: (-(-t * k // cut.chunk),), (Config({}, 4),))
     place = step(place_pairs, lambda t, _: (-(-t * k // SLICE),), (Config({}, 8),))
@@ -236,7 +223,7 @@ def streaming(problem: Problem, length: int) -> tuple[Config, ...]:
     """Configs of the decode kernels, whose inner loop runs over `length`; the first is taken where nothing is tuned."""
     size = problem.dtype.itemsize
     chosen = []
-    sizes = ((4, 2048, 4, 4), (2, 2048, 4, 4), (8, 512, 2, 4), (4, 1024, 8, 1), (1, 2048, 2, 1))
+    sizes = ((4, 2048, 4, 4), (2, 2048, 4, 4), (8, 512, 2, 4), (8, 512, 4, 1), (4, 1024, 8, 1), (1, 2048, 2, 1))
     for rows, nbytes, warps, stages in sizes:
         inner = min(nbytes // size, max(16, power_of_two(length)))
         rows = min(64, rows * (nbytes // size) // inner)  # short rows: more of them

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentize import route_triton
 from latentize.ops import check_indices, compute
 from latentize.routing import Routing, route
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
@@ -74,7 +75,8 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> Routing:
         """Routing of hidden [T, d]."""
-        return route(self.logits(hidden), self.spec)
+        logits, spec = self.logits(hidden), self.spec
+        return route_triton.route(logits, spec) if route_triton.serves(logits, spec) else route(logits, spec)
 
     def extra_repr(self) -> str:
         """Sizes for printing."""

@@ -22,11 +22,14 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from latentize import kernels_triton, ops
+from latentize import kernels_triton, ops, route_triton
 from latentize.activations import FUNCTIONS, Activation
 from latentize.kernels_torch import Experts
 from latentize.kernels_triton_math import activate
 from latentize.kernels_triton_steps import FORMS, Cut, Problem, block_count, steps, workspaces
+from latentize.moe import Router
+from latentize.routing import route
+from latentize.spec import Groups, RouterSpec
 
 #: Largest relative error: fp32 sums in another order; fp16 rounds hidden activations, pairs' outputs and the result.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3}
@@ -248,3 +251,73 @@ def test_compiled_graphs_hold_the_operator():
 
 def run_operator(hidden, indices, weights, *experts):
     return ops.compute(hidden, indices, weights, *experts, SILU, False)
+
+
+ROUTERS = [
+    {},
+    {"normalize": "sum", "eps": 1e-20, "scale": 2.5},
+    {"score": "sigmoid", "selection_bias": "score", "normalize": "sum"},
+    {"score": "sigmoid", "normalize": "clamp", "eps": 0.9, "per_expert_scale": True},
+    {"score": "sqrt_softplus", "selection_bias": "logit", "selection_bias_on": "logit"},
+    {"order": "topk_first", "softcap": 3.0},
+    {"order": "topk_first", "score": "sigmoid", "selection_bias": "logit", "selection_bias_on": "logit"},
+]
+
+
+def router_of(rule: dict, experts: int, k: int, generator: torch.Generator) -> RouterSpec:
+    vectors = {name: torch.randn(experts, generator=generator) / 3 for name in ("selection_bias", "per_expert_scale")}
+    return RouterSpec(torch.empty(0), k, **{name: vectors.get(name, value) for name, value in rule.items()})
+
+
+@pytest.mark.parametrize("rule", ROUTERS, ids=str)
+@pytest.mark.parametrize("tokens, experts, k", [(6, 8, 3), (3, 37, 8), (2, 5, 5), (1, 1, 1)])
+def test_routing_in_one_launch_is_the_definition(rule, tokens, experts, k):
+    generator = torch.Generator().manual_seed(experts)
+    router, logits = router_of(rule, experts, k, generator), 4 * torch.randn(tokens, experts, generator=generator)
+    assert route_triton.serves(logits, router)
+    found, expected = route_triton.route(logits, router), route(logits.double(), router)
+    assert torch.equal(found.indices, expected.indices)
+    assert_close(found.weights.double(), expected.weights, rtol=2e-6, atol=1e-7)
+
+
+def test_routing_takes_nan_first_and_passes_it_on_to_its_token_alone():
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    logits[1, 4] = float("nan")
+    found = route_triton.route(logits, RouterSpec(torch.empty(0), 2, score="sigmoid", normalize="sum"))
+    assert found.indices[1, 0] == 4
+    assert found.weights.isnan().all(1).tolist() == [False, True, False]
+    logits[1] = float("nan")
+    found = route_triton.route(logits, RouterSpec(torch.empty(0), 2))
+    assert sorted(found.indices[1].tolist()) == [0, 1]
+    assert found.weights.isnan().all(1).tolist() == [False, True, False]
+
+
+def test_equal_choices_take_each_expert_once():
+    found = route_triton.route(torch.zeros(1, 4), RouterSpec(torch.empty(0), 3))
+    assert found.indices.tolist() == [[0, 1, 2]]
+    bias = torch.tensor([0.0, -torch.inf, -torch.inf, 0.0])
+    found = route_triton.route(torch.zeros(1, 4), RouterSpec(torch.empty(0), 3, selection_bias=bias))
+    assert found.indices.tolist() == [[0, 3, 1]]
+
+
+def test_routing_leaves_gradients_and_groups_to_the_definition():
+    logits = torch.randn(2, 8)
+    assert not route_triton.serves(logits.clone().requires_grad_(), RouterSpec(torch.empty(0), 2))
+    assert not route_triton.serves(logits, RouterSpec(torch.empty(0), 2, groups=Groups(2, 1)))
+    assert not route_triton.serves(logits, RouterSpec(torch.empty(0), 2, normalize="norm"))
+    assert not route_triton.serves(logits.double(), RouterSpec(torch.empty(0), 2))
+
+
+def test_the_module_routes_in_one_launch_and_passes_opcheck(monkeypatch):
+    generator = torch.Generator().manual_seed(3)
+    spec = RouterSpec(torch.randn(6, 10, generator=generator), 2, normalize="sum")
+    x = torch.randn(4, 10, generator=generator)
+    router = Router(spec).requires_grad_(False)
+    found = router(x)
+    monkeypatch.setenv("LATENTIZE_TRITON", "0")
+    expected = router(x)
+    assert torch.equal(found.indices, expected.indices)
+    assert_close(found.weights, expected.weights)
+    arguments = (torch.randn(3, 6), None, None, 2, None, "softmax", False, False, "sum", 0.0, 1.0)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.latentize.select_experts.default, arguments, test_utils=checks)
