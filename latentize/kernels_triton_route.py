@@ -12,17 +12,40 @@ from latentize.kernels_triton_math import log1p_exp, tanh
 
 
 @triton.jit
-def scored(z, inside, SCORE: tl.constexpr):
-    """Scores of logits z, a softmax over those inside or each alone; zero outside."""
+def scored(z, inside, most, total, SCORE: tl.constexpr):
+    """Scores of logits z: a softmax with its largest logit and its sum of exponentials given, or each alone."""
     if SCORE == "softmax":
-        e = tl.where(inside, tl.exp(z - tl.max(tl.where(inside, z, float("-inf")), 0)), 0.0)
-        out = e / tl.sum(e, 0)
+        out = tl.exp(z - most) / total
     elif SCORE == "sigmoid":
         out = tl.sigmoid(z)
     else:
         tl.static_assert(SCORE == "sqrt_softplus")
         out = tl.sqrt(tl.where(z > 20.0, z, log1p_exp(tl.where(z > 20.0, 20.0, z))))
     return tl.where(inside, out, 0.0)
+
+
+@triton.jit
+def softmax_of(z, inside):
+    """(largest logit, sum of exponentials) over those inside."""
+    most = tl.max(tl.where(inside, z, float("-inf")), 0)
+    return most, tl.sum(tl.where(inside, tl.exp(z - most), 0.0), 0)
+
+
+@triton.jit
+def capped(z, SOFTCAP: tl.constexpr):
+    """Logits within ±SOFTCAP; as they are where it is None."""
+    if SOFTCAP is not None:
+        z = SOFTCAP * tanh(z / SOFTCAP)
+    return z
+
+
+@triton.jit
+def ranked(choice, expert, inside, EXPERTS: tl.constexpr):
+    """int64 keys in the order of the choices, NaN above all; of equal choices the first expert has the larger key."""
+    choice = tl.where(choice != choice, float("inf"), choice) + 0.0  # -0 is 0
+    bits = choice.to(tl.int32, bitcast=True)
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return tl.where(inside, order * 4294967296 + (EXPERTS - 1 - expert), -9223372036854775808)
 
 
 @triton.jit
@@ -51,28 +74,28 @@ def select_experts(
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, EXPERTS)
     inside = expert < NUM_EXPERTS
-    z = tl.load(logits + token * NUM_EXPERTS + expert, mask=inside, other=0.0)
-    if SOFTCAP is not None:
-        z = SOFTCAP * tanh(z / SOFTCAP)
-    scores = z if TOPK_FIRST else scored(z, inside, SCORE)
-    choice = z if BIAS_ON_LOGIT else scores
+    z = capped(tl.load(logits + token * NUM_EXPERTS + expert, mask=inside, other=0.0), SOFTCAP)
+    most, total = 0.0, 1.0
+    if SCORE == "softmax" and not TOPK_FIRST:
+        most, total = softmax_of(z, inside)
+    choice = z
+    if not (TOPK_FIRST or BIAS_ON_LOGIT):
+        choice = scored(z, inside, most, total, SCORE)
     if selection_bias is not None:
         choice += tl.load(selection_bias + expert, mask=inside, other=0.0).to(tl.float32)
-    choice = tl.where(choice != choice, float("inf"), choice)
+    key = ranked(choice, expert, inside, EXPERTS)
     slot = tl.arange(0, SLOTS)
     chosen = tl.zeros([SLOTS], tl.int32)
-    weight = tl.zeros([SLOTS], tl.float32)
-    left = inside
     for turn in range(TOP_K):
-        best = tl.max(tl.where(left, choice, float("-inf")), 0)
-        number = tl.min(tl.where(left & (choice == best), expert, EXPERTS), 0)
-        here = expert == number
+        best = tl.max(key, 0)
+        number = EXPERTS - 1 - (best & (EXPERTS - 1)).to(tl.int32)
         chosen = tl.where(slot == turn, number, chosen)
-        weight = tl.where(slot == turn, tl.sum(tl.where(here, scores, 0.0), 0), weight)
-        left = left & (expert != number)
+        key = tl.where(key == best, -9223372036854775808, key)
     real = slot < TOP_K
-    if TOPK_FIRST:
-        weight = scored(weight, real, SCORE)
+    z = capped(tl.load(logits + token * NUM_EXPERTS + chosen, mask=real, other=0.0), SOFTCAP)
+    if SCORE == "softmax" and TOPK_FIRST:
+        most, total = softmax_of(z, real)
+    weight = scored(z, real, most, total, SCORE)
     if NORMALIZE == "sum":
         weight = weight / (tl.sum(weight, 0) + EPS)
     elif NORMALIZE == "clamp":
