@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,9 @@ def main() -> int:
         print(f"{outcome['outcome']:>7}  {outcome['check']}: {outcome['found']}", flush=True)
         checks.append(outcome)
     del os.environ["LATENTIZE_TUNE"]
-    record: dict[str, Any] = {"device": device_name(where.device), "checks": checks, "times": []}
+    record: dict[str, Any] = {
+        "device": device_name(where.device), "commit": chosen.commit or commit(), "checks": checks, "times": [],
+    }  # fmt: skip
     if not chosen.no_times:
         with torch.no_grad():
             record |= measured(where, chosen.tokens, chosen.families)
@@ -89,6 +92,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-times", action="store_true", help="checks only")
     parser.add_argument("--no-keep", action="store_true", help="write no files")
     parser.add_argument("--output", default=None, help="folder for the results (benchmarks/results)")
+    parser.add_argument("--commit", help="what is measured, where git cannot be asked")
     chosen = parser.parse_args()
     chosen.tokens = chosen.tokens or ([1, 3] if chosen.dry_run else TOKENS)
     chosen.no_keep = chosen.no_keep or (chosen.dry_run and chosen.output is None)
@@ -159,7 +163,7 @@ def page(record: Mapping[str, Any]) -> str:
     """The record as text: peaks, times, latent against original, requirements, outcomes."""
     from measured import table
 
-    parts = [f"{record['device']}"]
+    parts = [f"{record['device']}, commit {record['commit']}"]
     if record["times"]:
         parts[0] += "; measured copy {copy_gb_s:.0f} GB/s, GEMM {gemm_tflop_s:.1f} TFLOP/s".format(**record["peaks"])
         columns = {"family": "", "block": "", "form": "", "tokens": "", "us": ".1f", "mode": "", "bandwidth": ".2f",
@@ -190,6 +194,16 @@ def ratios(times: Sequence[Row]) -> list[dict[str, Any]]:
             "against_grouped_mm": us[family, block, "block grouped_mm", tokens] / value,
         })  # fmt: skip
     return rows
+
+
+def commit() -> str:
+    """The commit that is checked out, marked where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def device_name(device: str) -> str:
