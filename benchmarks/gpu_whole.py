@@ -69,33 +69,34 @@ def check_onnxruntime(where: Where) -> str:  # noqa: ARG001 - as every check
 
 
 def check_tensorrt(where: Where) -> str:
-    """An engine built for this device and run on it, where tensorrt-rtx supports the device."""
+    """An engine built for this device and run on it, where the library supports the device."""
     if where.device == "cpu":
         raise Skipped("running an engine needs a CUDA device")
-    from latentize.exporters.tensorrt import WHERE, build
+    from latentize.errors import LatentizeError
+    from latentize.exporters import tensorrt_library
+    from latentize.exporters.tensorrt import NATIVE, build
     from latentize.exporters.tensorrt_profiles import Profile
     from latentize.exporters.tensorrt_run import EngineSession
     from latentize.inputs import Inputs
 
-    major, minor = torch.cuda.get_device_capability()
-    target = f"SM{major}{minor}"
-    if target not in WHERE:
-        raise Skipped(f"tensorrt-rtx has no target for {target}: it knows {', '.join(WHERE)}")
     try:
-        import tensorrt_rtx  # noqa: F401
+        library = tensorrt_library.find("this check")
+        tensorrt_library.require_capability(library, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
 
         from latentize.exporters.onnx import export_onnx
+    except LatentizeError as reason:
+        raise Skipped(str(reason)) from reason
     except ImportError as missing:
         raise Skipped(f"{missing.name} is not installed") from missing
     module = block(Where("cpu", (torch.float32,), True), torch.float32)
     x = torch.randn(11, 48)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(module, (x,), {}, Path(folder) / "model.onnx")
-        (engine,) = build(Path(folder), targets=(target,), profiles=(Profile((1, 1, 1), (1, 16, 32)),))
+        (engine,) = build(Path(folder), targets=(NATIVE,), profiles=(Profile((1, 1, 1), (1, 16, 32)),))
         (output,) = EngineSession(Path(folder) / engine.file)(Inputs((x,)))
     found = error(output, module(x).double())
     assert found < 2e-3, f"the engine differs by {found:.1e}"
-    return f"engine for {target} differs from PyTorch by {found:.1e}"
+    return f"engine for this device differs from PyTorch by {found:.1e}"
 
 
 def check_embedded(where: Where) -> str:

@@ -148,13 +148,7 @@ def _check_device(library: str) -> None:
         raise LatentizeError(
             f"{what}: there is no NVIDIA GPU with a driver here; tensorrt-rtx builds without one (--target portable)"
         )
-    capability = torch.cuda.get_device_capability()
-    known = {"SM{}{}".format(*capability)} & {*WHERE}
-    if library == "tensorrt_rtx" and not known:
-        raise LatentizeError(
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, for which "
-            f"tensorrt-rtx does not build: it knows {', '.join(WHERE)}; use the full tensorrt"
-        )
+    tensorrt_library.require_capability(library, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
 
 
 def _check_experts(library: str, experts: str) -> None:

@@ -10,6 +10,8 @@ from latentize.errors import LatentizeError, MissingExtraError
 
 #: Module name -> package name, the preferred one first.
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
+#: Compute capabilities before 12.0 on which tensorrt-rtx runs engines; from 12.0 on it runs on all.
+_RTX = ((8, 0), (8, 6), (8, 9))
 
 
 def find(feature: str) -> str:
@@ -37,3 +39,17 @@ def load(module: str) -> Any:
             f"{LIBRARIES.get(module, module)} is installed and cannot be loaded ({error}); repair it, or remove it to "
             "use the other flavour"
         ) from error
+
+
+def require_capability(module: str, capability: tuple[int, int], device: str) -> None:
+    """Check that a library runs engines on a device of this compute capability.
+
+    Raises:
+        LatentizeError: it does not.
+    """
+    if module == "tensorrt_rtx" and capability < (12, 0) and capability not in _RTX:
+        known = ", ".join("{}.{}".format(*each) for each in _RTX)
+        raise LatentizeError(
+            f"{device} has compute capability {capability[0]}.{capability[1]}, on which tensorrt-rtx runs no engine: "
+            f"it knows {known} and 12.0 or newer; use the full tensorrt"
+        )

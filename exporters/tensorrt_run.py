@@ -35,7 +35,9 @@ class EngineSession:
             raise LatentizeError(f"{path}: no such file; build it with latentize build")
         check_file(path)
         require_device(path)
-        trt = tensorrt_library.load(module or tensorrt_library.find("running engines"))
+        library = module or tensorrt_library.find("running engines")
+        tensorrt_library.require_capability(library, torch.cuda.get_device_capability(), torch.cuda.get_device_name())
+        trt = tensorrt_library.load(library)
         from latentize.exporters.tensorrt_plugin import register
 
         register(trt)
