@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from latentize import __version__
-from latentize.errors import LatentizeError, MissingExtraError
+from latentize.errors import LatentizeError, MissingExtraError, one_line
+from latentize.exporters.captured import capture, example_for_export, exporting, quiet
 from latentize.exporters.onnx_bodies import check_form
 from latentize.exporters.onnx_nodes import MAX_OPSET, MIN_OPSET
-from latentize.inputs import Inputs, observing, with_tokens
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -78,7 +74,7 @@ def export_onnx(
     _check_request(model, form, opset)
     inputs = example_for_export(model, args, kwargs)
     with exporting(model):
-        captured = _capture(model, inputs)
+        captured = capture(model, inputs, "ONNX export")
         program = _translate(captured, opset)
     from latentize.exporters.onnx_experts import attach_bodies
     from latentize.exporters.onnx_file import write_model
@@ -92,52 +88,6 @@ def export_onnx(
     names = tuple(v.name or "" for v in graph.inputs), tuple(v.name or "" for v in graph.outputs)
     total = sum(p.stat().st_size for p in (path, data_path) if p is not None)
     return OnnxExport(path, data_path, opset, forms, *names, total)
-
-
-@contextmanager
-def exporting(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, and no key-value cache among the outputs of a transformers model."""
-    seen: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in seen if getattr(config, "use_cache", False) is True}
-    with observing(model):
-        try:
-            for config in configs.values():
-                config.use_cache = False
-            yield
-        finally:
-            for config in configs.values():
-                config.use_cache = True
-
-
-def example_for_export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """The example arguments with two sequences of at least two tokens, where the model takes that.
-
-    An axis of length 1 would be taken for fixed.
-    """
-    given = Inputs(args, kwargs)
-    tensors = given.tensors()
-    roomy = given
-    if tensors and tensors[0].ndim > 1 and 1 in tensors[0].shape[:2]:
-        short = tensors[0].shape[1] == 1 or (tensors[0].ndim == 2 and tensors[0].is_floating_point())
-        longer = with_tokens(args, kwargs, 8) if short else None
-        roomy = _doubled(given if longer is None else longer)
-    with exporting(model):
-        try:
-            roomy.call(model)
-        except Exception:  # the user's model may insist on its example's sizes
-            return given
-    return roomy
-
-
-def _doubled(inputs: Inputs) -> Inputs:
-    """Two copies of the batch, where every tensor's leading axis has length 1."""
-    if any(t.ndim == 0 or t.shape[0] != 1 for t in inputs.tensors() if t.ndim > 1):
-        return inputs
-
-    def twice(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim > 1 else leaf
-
-    return Inputs(*pytree.tree_map(twice, (inputs.args, dict(inputs.kwargs))))
 
 
 def _require(*packages: str) -> None:
@@ -163,25 +113,11 @@ def _check_request(model: nn.Module, form: str, opset: int) -> None:
             raise LatentizeError(f"ONNX export: {name} is on the meta device; load the model with its weights")
 
 
-def _capture(model: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    shapes: Any = torch.export.ShapesCollection()
-    for tensor in inputs.tensors():
-        shapes[tensor] = dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO)
-    try:
-        with _quiet():
-            return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise LatentizeError(
-            f"ONNX export: torch.export cannot capture {type(model).__name__}: {one_line(error)}; "
-            "that part of its forward depends on data in Python"
-        ) from error
-
-
 def _translate(captured: torch.export.ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:
     from latentize.exporters.onnx_experts import translation_table
 
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 captured, dynamo=True, opset_version=opset, custom_translation_table=translation_table(), verbose=False
             )
@@ -225,23 +161,3 @@ def _place(captured: torch.export.ExportedProgram, operator: str) -> str:
                 path = next((name for name, _ in reversed(stack) if name), "")
                 return f"module {path!r}" if path else "the model's own forward"
     return "the model"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's advice to its own developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as the first lines of its message, on one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"

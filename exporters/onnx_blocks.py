@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentize.errors import LatentizeError
-from latentize.exporters.onnx import exporting, one_line
+from latentize.errors import LatentizeError, one_line
+from latentize.exporters.captured import exporting
 from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
 from latentize.exporters.onnx_check import open_session, relative_error, run_session
 from latentize.exporters.onnx_experts import place

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from latentize.errors import GateError, LatentizeError, MissingExtraError
-from latentize.exporters.onnx import exporting, one_line
+from latentize.errors import GateError, LatentizeError, MissingExtraError, one_line
+from latentize.exporters.captured import exporting
 from latentize.inputs import Inputs
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentize import store
-from latentize.errors import LatentizeError, MissingExtraError, ResourceError
+from latentize.errors import LatentizeError, MissingExtraError, ResourceError, one_line
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import USUAL, Profile
 from latentize.kernels_native import cache_folder
@@ -179,7 +179,6 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str,
     import onnx.inliner
     import onnx_ir as ir
 
-    from latentize.exporters.onnx import one_line
     from latentize.exporters.onnx_experts import attach_bodies
 
     try:

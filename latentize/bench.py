@@ -94,18 +94,22 @@ def bench_models(
     tokens: Sequence[int] = TOKENS,
     repeats: int = 30,
     warmup: int = 5,
+    backend: str = "torch",
 ) -> tuple[Latency, ...]:
-    """Latency of both models in PyTorch at each number of tokens, in eval mode; the models are left as found."""
+    """Latency of both models in PyTorch at each number of tokens, in eval mode; the models are left as found.
+
+    The rows name `backend`.
+    """
     models = {"original": original, "rewritten": rewritten}
     rows = []
     with observing(original, rewritten):
         for count in tokens:
             inputs = make_inputs(count)
             if isinstance(inputs, str):
-                rows.append(Latency.of("torch", count, {}, inputs))
+                rows.append(Latency.of(backend, count, {}, inputs))
                 continue
             calls = {name: _torch_call(model, inputs) for name, model in models.items()}
-            rows.append(Latency.of("torch", count, latency(calls, repeats, warmup)))
+            rows.append(Latency.of(backend, count, latency(calls, repeats, warmup)))
     return tuple(rows)
 
 

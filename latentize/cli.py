@@ -241,13 +241,16 @@ def compare(
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--original", metavar="MODEL", help="The original, where it is no longer where it was.")
+@click.option("--fused", is_flag=True, help="Time both as captured graphs too, the converted one with its fusions.")
 @_common
-def bench(out: Path, original: str | None, verbose: int, quiet: bool, log_file: Path | None) -> None:
+def bench(
+    out: Path, original: str | None, fused: bool, verbose: int, quiet: bool, log_file: Path | None
+) -> None:
     """Time the converted model in OUT and its original, in PyTorch and, where exported, in onnxruntime."""
     _start(verbose, quiet, log_file)
     from latentize import run_compare
 
-    run_compare.bench(out, original, quiet=quiet)
+    run_compare.bench(out, original, fused=fused, quiet=quiet)
 
 
 @cli.command()

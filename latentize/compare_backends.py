@@ -16,8 +16,8 @@ from latentize.bench import Latency, MakeInputs, latency
 from latentize.compare import Differences, main_output
 from latentize.compare_inputs import Sequences
 from latentize.comparison import BackendAgreement, LengthAgreement, Memory, Which
-from latentize.errors import LatentizeError
-from latentize.exporters.onnx import exporting, one_line
+from latentize.errors import LatentizeError, one_line
+from latentize.exporters.captured import exporting
 from latentize.exporters.onnx_check import dtype_of, relative_error
 from latentize.inputs import Inputs
 from latentize.run_onnx import ORIGINAL, REWRITTEN

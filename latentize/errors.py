@@ -34,3 +34,9 @@ class MissingExtraError(LatentizeError):
         super().__init__(
             f"{feature} needs the package {package!r}, which is not installed: pip install 'latentize[{extra}]'"
         )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as the first lines of its message, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}"

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from latentize import route_triton
 from latentize.ops import check_indices, compute
-from latentize.routing import Routing, route
+from latentize.route_triton import routed
+from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 
@@ -75,8 +75,7 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> Routing:
         """Routing of hidden [T, d]."""
-        logits, spec = self.logits(hidden), self.spec
-        return route_triton.route(logits, spec) if route_triton.serves(logits, spec) else route(logits, spec)
+        return routed(self.logits(hidden), self.spec)
 
     def extra_repr(self) -> str:
         """Sizes for printing."""

@@ -1,4 +1,4 @@
-"""What `latentize.ops` computes, in plain PyTorch: for modelling files that go where latentize is not installed."""
+"""What `latentize.ops` and `route_triton` compute, in plain PyTorch: for where latentize is not installed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from torch import Tensor
 
 from latentize.activations import Activation
 from latentize.reference import experts_forward
-from latentize.routing import Routing
+from latentize.routing import Routing, route
 from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
 
 
 def check_indices(indices: Tensor, count: int) -> None:
     """Nothing: the plain loop over experts never reads past them."""
     del indices, count
+
+
+def routed(logits: Tensor, router: RouterSpec) -> Routing:
+    """Routing of logits [T, N] by the definition."""
+    return route(logits, router)
 
 
 def compute(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentize import kernels_triton
+from latentize import kernels_triton, routing
 from latentize.kernels_triton_steps import power_of_two
 from latentize.routing import Routing
 from latentize.spec import RouterSpec
@@ -24,6 +24,11 @@ torch.library.define(
     " bool topk_first, bool bias_on_logit, str normalize, float eps, float scale) -> (Tensor, Tensor)",
 )
 _select_experts = torch.ops.latentize.select_experts.default
+
+
+def routed(logits: Tensor, router: RouterSpec) -> Routing:
+    """Routing of logits [T, N]: in one launch where that is possible, else by the definition."""
+    return route(logits, router) if serves(logits, router) else routing.route(logits, router)
 
 
 def serves(logits: Tensor, router: RouterSpec) -> bool:

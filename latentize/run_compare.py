@@ -19,6 +19,7 @@ from latentize.compare_inputs import Sequences, sequences
 from latentize.comparison import BackendAgreement, BlockSearch, Comparison, Which
 from latentize.conversion import batches_of, example_batch
 from latentize.errors import LatentizeError, MissingExtraError
+from latentize.fused import captured_graph
 from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.moe import LatentMoE
 from latentize.progress import Steps
@@ -68,8 +69,8 @@ def compare(options: Options) -> None:
     require(made.gates)
 
 
-def bench(out: Path, original: str | None, *, quiet: bool) -> None:
-    """Time the converted model in OUT and its original.
+def bench(out: Path, original: str | None, *, fused: bool = False, quiet: bool) -> None:
+    """Time the converted model in OUT and its original; with `fused`, also as captured graphs, the converted one fused.
 
     Raises:
         LatentizeError: OUT is not ours, or its original is not found.
@@ -80,6 +81,9 @@ def bench(out: Path, original: str | None, *, quiet: bool) -> None:
         source, rewritten, _ = open_pair(out, original)
     with steps.step("time"):
         rows = latencies(source, source.model, rewritten, out)
+    if fused:
+        with steps.step("time fused"):
+            rows += _fused_latencies(source, rewritten)
     terminal.print_latency(console, rows)
 
 
@@ -125,6 +129,20 @@ def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder:
     make_inputs, rounds = inputs_maker(source, original), rounds_for(original, source)
     rows = bench_models(original, rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
     return rows + _onnx_latencies(folder, make_inputs, rounds)
+
+
+def _fused_latencies(source: Source, rewritten: nn.Module) -> tuple[Latency, ...]:
+    """Latency of both models as captured graphs, as they are and the converted one fused."""
+    make_inputs, rounds = inputs_maker(source, source.model), rounds_for(source.model, source)
+    inputs = Inputs(source.args, source.kwargs)
+    original = captured_graph(source.model, inputs, fusions=False)
+    rows: tuple[Latency, ...] = ()
+    for backend, fusions in (("torch graph", False), ("torch graph, fused", True)):
+        graph = captured_graph(rewritten, inputs, fusions=fusions)
+        rows += bench_models(
+            original, graph, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds), backend=backend
+        )
+    return rows
 
 
 def inputs_maker(source: Source, original: nn.Module) -> MakeInputs:

@@ -97,9 +97,12 @@ def test_the_job_writes_everything_and_says_where(net, capsys):
 
     code, out, _ = call(capsys, "compare", "out", "-q")
     assert (code, out) == (0, "")
-    code, out, _ = call(capsys, "bench", "out")
+    code, out, _ = call(capsys, "bench", "out", "--fused")
     assert code == 0
-    assert "onnxruntime" in out
+    rows = [line.split("  ")[0] for line in out.splitlines()]
+    assert {row: rows.count(row) for row in ("torch", "onnxruntime", "torch graph", "torch graph, fused")} == {
+        "torch": 3, "onnxruntime": 3, "torch graph": 3, "torch graph, fused": 3
+    }  # fmt: skip
     (net / "out" / "model.onnx").unlink()
     code, _, err = call(capsys, "build", "out")
     assert code == 2

@@ -1,0 +1,95 @@
+"""Whole models as exported programs: what is exported further, or run as one graph."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from latentize.errors import LatentizeError, one_line
+from latentize.inputs import Inputs, observing, with_tokens
+
+
+def capture(model: nn.Module, inputs: Inputs, feature: str) -> torch.export.ExportedProgram:
+    """The program of a model within `exporting`, with every axis of its inputs dynamic that the model leaves free.
+
+    Raises:
+        LatentizeError: torch.export cannot follow it; the message begins with `feature`.
+    """
+    shapes: Any = torch.export.ShapesCollection()
+    for tensor in inputs.tensors():
+        shapes[tensor] = dict.fromkeys(range(tensor.ndim), torch.export.Dim.AUTO)
+    try:
+        with quiet():
+            return torch.export.export(model, inputs.args, dict(inputs.kwargs), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise LatentizeError(
+            f"{feature}: torch.export cannot capture {type(model).__name__}: {one_line(error)}; "
+            "that part of its forward depends on data in Python"
+        ) from error
+
+
+@contextmanager
+def exporting(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, and no key-value cache among the outputs of a transformers model."""
+    seen: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in seen if getattr(config, "use_cache", False) is True}
+    with observing(model):
+        try:
+            for config in configs.values():
+                config.use_cache = False
+            yield
+        finally:
+            for config in configs.values():
+                config.use_cache = True
+
+
+def example_for_export(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """The example arguments with two sequences of at least two tokens, where the model takes that.
+
+    An axis of length 1 would be taken for fixed.
+    """
+    given = Inputs(args, kwargs)
+    tensors = given.tensors()
+    roomy = given
+    if tensors and tensors[0].ndim > 1 and 1 in tensors[0].shape[:2]:
+        short = tensors[0].shape[1] == 1 or (tensors[0].ndim == 2 and tensors[0].is_floating_point())
+        longer = with_tokens(args, kwargs, 8) if short else None
+        roomy = _doubled(given if longer is None else longer)
+    with exporting(model):
+        try:
+            roomy.call(model)
+        except Exception:  # the user's model may insist on its example's sizes
+            return given
+    return roomy
+
+
+def _doubled(inputs: Inputs) -> Inputs:
+    """Two copies of the batch, where every tensor's leading axis has length 1."""
+    if any(t.ndim == 0 or t.shape[0] != 1 for t in inputs.tensors() if t.ndim > 1):
+        return inputs
+
+    def twice(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim > 1 else leaf
+
+    return Inputs(*pytree.tree_map(twice, (inputs.args, dict(inputs.kwargs))))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's advice to its own developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
