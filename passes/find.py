@@ -294,7 +294,7 @@ def _places(
         except CaptureError as error:
             reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
             continue
-        nodes = graph_site(template, item.randomised, module, item.inputs, item.binding, experts)
+        nodes = graph_site(template, item.randomised, item.inputs, item.binding, experts)
         if nodes is not None:
             yield nodes, template
             return

@@ -33,8 +33,8 @@ class Inputs:
     kwargs: dict[str, Any]
     optional: bool = False  # whether the module may reject them
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """The same with copies of floating tensors in `dtype`; the call may write to its inputs."""
+    def to(self, dtype: torch.dtype | None) -> Inputs:
+        """The same with copies of floating tensors in `dtype`, None: their own; the call may write to its inputs."""
         args, kwargs = pytree.tree_map(lambda a: _copied(a, dtype), (self.args, self.kwargs))
         return Inputs(self.name, args, kwargs, self.optional)
 
@@ -43,7 +43,7 @@ class Inputs:
         return [a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor)]
 
 
-def _copied(item: Any, dtype: torch.dtype) -> Any:
+def _copied(item: Any, dtype: torch.dtype | None) -> Any:
     if not isinstance(item, Tensor):
         return own(item)
     return item.detach().to(dtype).clone() if item.is_floating_point() else item.detach().clone()
