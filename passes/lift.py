@@ -112,7 +112,8 @@ def _bind(
 ) -> tuple[Binding | None, str]:
     """The region with the routing rule that explains its experts' weights, in their order or in the router's."""
     weights, count = experts.coefficients, experts.num_experts
-    router, reason = fit_router(region, indices, weights, applies_to, count)
+    clear = experts.clear
+    router, reason = fit_router(region, indices, weights, applies_to, count, clear)
     if router is not None and _mixes_tokens(region):
         return None, "its router reads other tokens than the one it routes"
     if router is not None:
@@ -121,7 +122,7 @@ def _bind(
         row = _rows_of_experts(indices, selected, count)
         if row is None or row == list(range(count)):
             continue
-        router, _ = fit_router(region, torch.tensor(row)[indices], weights, applies_to, count)
+        router, _ = fit_router(region, torch.tensor(row)[indices], weights, applies_to, count, clear)
         if router is not None:
             order = [row.index(place) for place in range(count)]
             return Binding(region, router, experts.reordered(order), _is_latent(region)), ""

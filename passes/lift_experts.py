@@ -21,6 +21,8 @@ from latentize.passes.leaves import Role, groupings, readings, sharded_readings,
 
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
+#: Smallest pivot of the Gram matrix of a token's expert outputs, at unit length, above which its weights are unique.
+APART = 1e-8
 #: Bytes of gathered weights that one trial may hold.
 BUDGET = 256 << 20
 #: Names of calls that betray an activation, tried first when they occur.
@@ -47,6 +49,7 @@ class ExpertsFit:
     num_experts: int
     residual: float
     coefficients: Tensor  # [T, k] weights that put the output in the span
+    clear: Tensor  # [T] whether no other weights would
 
     def reordered(self, order: list[int]) -> ExpertsFit:
         """The same with expert order[i] in place i."""
@@ -101,9 +104,9 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
     for found in grouped:
         for count in _expert_counts(found, region):
             for reading in _readings(found, count, region.width):
-                for activation, residual, coefficients in _try(reading, sample, region, count):
+                for activation, residual, coefficients, clear in _try(reading, sample, region, count):
                     if residual < FITS:
-                        return ExpertsFit(*_parts(reading), activation, count, residual, coefficients), ""
+                        return ExpertsFit(*_parts(reading), activation, count, residual, coefficients, clear), ""
                     best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
     if best[0] == float("inf"):
         return None, _misfit(grouped, region)
@@ -220,8 +223,10 @@ def _bias_options(
     return options
 
 
-def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Iterator[tuple[Activation, float, Tensor]]:
-    """Residual of the routed output under every plausible activation of one reading."""
+def _try(
+    reading: _Reading, sample: Sample, region: Region, experts: int
+) -> Iterator[tuple[Activation, float, Tensor, Tensor]]:
+    """Residual of the routed output under every plausible activation of one reading, the weights, and which are clear."""
     tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
     first = tensors["up"]
     per_pair = sum(t[0].numel() for t in tensors.values()) * 8
@@ -233,9 +238,9 @@ def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Ite
     )  # fmt: skip
     gate, up = _preactivations(tensors, small, experts)
     for activation in _activations(region, gated=reading.gate is not None):
-        residual, _ = _span(_outputs(tensors, activation, gate, up, small, experts), small)
+        residual, *_ = _span(_outputs(tensors, activation, gate, up, small, experts), small)
         if residual < FITS:
-            coefficients = []
+            coefficients, clear = [], []
             worst = 0.0
             for part in torch.arange(len(sample.hidden)).split(max(1, few)):
                 piece = Sample(
@@ -243,12 +248,13 @@ def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Ite
                     None if sample.weights is None else sample.weights[part],
                 )  # fmt: skip
                 g, u = _preactivations(tensors, piece, experts)
-                error, found = _span(_outputs(tensors, activation, g, u, piece, experts), piece)
+                error, found, apart = _span(_outputs(tensors, activation, g, u, piece, experts), piece)
                 worst = max(worst, error)
                 coefficients.append(found)
-            yield activation, worst, torch.cat(coefficients)
+                clear.append(apart)
+            yield activation, worst, torch.cat(coefficients), torch.cat(clear)
         else:
-            yield activation, residual, first.new_zeros(0)
+            yield activation, residual, first.new_zeros(0), first.new_zeros(0)
 
 
 _FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -283,10 +289,14 @@ def _outputs(
     return torch.where(identity, sample.hidden.unsqueeze(1), out) if bool(identity.any()) else out
 
 
-def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
-    """Largest relative distance of a token's output from the span of its experts' outputs, and the weights [T, k]."""
+def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor, Tensor]:
+    """Largest relative distance of a token's output from the span of its experts' outputs.
+
+    Also the weights [T, k], and of which tokens [T] they are the only ones.
+    """
+    clear = torch.ones(len(outputs), dtype=torch.bool)
     if not torch.isfinite(outputs).all():
-        return float("inf"), outputs.new_zeros(outputs.shape[:2])
+        return float("inf"), outputs.new_zeros(outputs.shape[:2]), clear
     if sample.weights is not None:
         difference = outputs.sum(1) - sample.output
         coefficients = sample.weights
@@ -294,16 +304,16 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
         basis = outputs.mT.double()
         target = sample.output.double().unsqueeze(-1)
         size = basis.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-        solution = _least_squares(basis / size, target)
+        solution, clear = _least_squares(basis / size, target)
         difference = ((basis / size) @ solution - target).squeeze(-1)
         coefficients = (solution / size.mT).squeeze(-1)
     scale = sample.output.double().norm(dim=-1)
     error = difference.double().norm(dim=-1) / scale.clamp_min(1e-12 * float(scale.max()) + 1e-300)
-    return float(error.max().detach()), coefficients
+    return float(error.max().detach()), coefficients, clear
 
 
-def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
-    """Coefficients [T, k, 1] of target [T, h, 1] in the unit columns of basis [T, h, k].
+def _least_squares(basis: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [T, k, 1] of target [T, h, 1] in the unit columns of basis [T, h, k]; where [T] they are unique.
 
     Normal equations, refined twice against the residual: a few small systems, for which LAPACK's own solvers spend
     their time on threads. A trace of ridge keeps columns that coincide from breaking the factorisation.
@@ -313,7 +323,7 @@ def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
     solution = torch.zeros_like(basis.mT @ target)
     for _ in range(3):
         solution = solution + torch.cholesky_solve(basis.mT @ (target - basis @ solution), factor)
-    return solution
+    return solution, factor.diagonal(dim1=-2, dim2=-1).square().amin(-1) > APART
 
 
 def _activations(region: Region, *, gated: bool) -> Iterator[Activation]:

@@ -41,11 +41,17 @@ class _Target:
     weights: Tensor
     top_k: int
     experts: int  # real ones; the rest pass their input on
+    clear: Tensor  # [T] tokens whose weights are known
 
 
 @torch.no_grad()
 def fit_router(
-    region: Region, indices: Tensor, weights: Tensor, applies_to: Literal["output", "input"], experts: int
+    region: Region,
+    indices: Tensor,
+    weights: Tensor,
+    applies_to: Literal["output", "input"],
+    experts: int,
+    clear: Tensor,
 ) -> tuple[RouterFit | None, str]:
     """The routing rule behind the weights, or the reason why none fits.
 
@@ -55,7 +61,10 @@ def fit_router(
         weights: [T, k] weights the routed output needs.
         applies_to: "output" or "input".
         experts: real experts; logits past them belong to identity experts.
+        clear: [T] tokens whose weights are known; an expert whose output vanishes tells nothing of its own.
     """
+    if not bool(clear.any()):
+        return None, "no token tells its experts' weights"
     logits = region.head.logit_rows().double()
     count = logits.shape[1]
     if experts > count:
@@ -64,7 +73,7 @@ def fit_router(
         return None, f"it selects {indices.shape[1]} of {count} experts: nothing is routed"
     selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()
     dense = torch.zeros_like(logits).scatter(1, indices, weights.double())
-    target = _Target(logits, selected, dense, indices.shape[1], experts)
+    target = _Target(logits, selected, dense, indices.shape[1], experts, clear)
     reason = "its selection is not the top-k of any supported score of its logits"
     for factor in (None, *_temperatures(region)):
         scaled = target if factor is None else replace(target, logits=logits * float(factor.recorded()))
@@ -125,9 +134,8 @@ def _selection_rules(region: Region, target: _Target) -> Iterator[tuple[RouterSp
     """Every rule of selection worth trying, plain ones first; its leaves are given parts in every way."""
     count = target.logits.shape[1]
     leaves = [leaf for leaf in region.routing_leaves if leaf.value.tensor.numel() in (1, count)]
-    names = {call.name for call in region.calls}
     caps: list[float | None] = [None]
-    if "tanh" in names:
+    if any(c.name == "tanh" and c.inputs[0] in region.head.dependent - region.fed for c in region.calls):
         caps = [*(s for s in region.scalars() if s > 0), None]
     orders = (
         ["topk_first", "score_first"] if _softmax_over_selected(region, target.top_k) else ["score_first", "topk_first"]
@@ -218,7 +226,7 @@ def _scale(rule: RouterSpec, logits: Tensor, target: _Target, region: Region) ->
     if rule.per_expert_scale is not None:
         weights = weights * rule.per_expert_scale[indices]
     wanted = target.weights.gather(1, indices)
-    weights, wanted = (_pooled(w, indices >= target.experts) for w in (weights, wanted))
+    weights, wanted = (_pooled(w, indices >= target.experts)[target.clear] for w in (weights, wanted))
     size = float(weights.square().sum())
     if not size > 0 or not torch.isfinite(weights).all():
         return None
