@@ -23,6 +23,8 @@ from latentize.passes.leaves import Role, groupings, readings, sharded_readings,
 FITS = 1e-5
 #: Smallest pivot of the Gram matrix of a token's expert outputs, at unit length, above which its weights are unique.
 APART = 1e-8
+#: Activations that are tried together.
+TOGETHER = 16
 #: Bytes of gathered weights that one trial may hold.
 BUDGET = 256 << 20
 #: Names of calls that betray an activation, tried first when they occur.
@@ -237,24 +239,31 @@ def _try(
         None if sample.weights is None else sample.weights[chosen],
     )  # fmt: skip
     gate, up = _preactivations(tensors, small, experts)
-    for activation in _activations(region, gated=reading.gate is not None):
-        residual, *_ = _span(_outputs(tensors, activation, gate, up, small, experts), small)
-        if residual < FITS:
-            coefficients, clear = [], []
-            worst = 0.0
-            for part in torch.arange(len(sample.hidden)).split(max(1, few)):
-                piece = Sample(
-                    sample.hidden[part], sample.output[part], sample.indices[part],
-                    None if sample.weights is None else sample.weights[part],
-                )  # fmt: skip
-                g, u = _preactivations(tensors, piece, experts)
-                error, found, apart = _span(_outputs(tensors, activation, g, u, piece, experts), piece)
-                worst = max(worst, error)
-                coefficients.append(found)
-                clear.append(apart)
-            yield activation, worst, torch.cat(coefficients), torch.cat(clear)
-        else:
-            yield activation, residual, first.new_zeros(0), first.new_zeros(0)
+    candidates = _activations(region, gated=reading.gate is not None)
+    sizes = itertools.chain((2,), itertools.repeat(TOGETHER))  # the first ones are likely
+    while batch := list(itertools.islice(candidates, next(sizes))):
+        outputs = _outputs(tensors, torch.stack([a(gate, up) for a in batch]), small, experts)
+        for activation, found in zip(batch, _residuals(outputs, small), strict=True):
+            if found < FITS:
+                yield activation, *_weights(reading, tensors, activation, sample, few, experts)
+            else:
+                yield activation, found, first.new_zeros(0), first.new_zeros(0)
+
+
+def _weights(
+    reading: _Reading, tensors: dict[str, Tensor], activation: Activation, sample: Sample, few: int, experts: int
+) -> tuple[float, Tensor, Tensor]:
+    """The residual over all tokens, `few` at a time, with the weights and of which tokens they are the only ones."""
+    found = []
+    for part in torch.arange(len(sample.hidden)).split(few):
+        piece = Sample(
+            sample.hidden[part], sample.output[part], sample.indices[part],
+            None if sample.weights is None else sample.weights[part],
+        )  # fmt: skip
+        gate, up = _preactivations(tensors, piece, experts)
+        found.append(_span(_outputs(tensors, activation(gate, up), piece, experts), piece))
+    residuals, coefficients, clear = zip(*found, strict=True)
+    return max(residuals), torch.cat(coefficients), torch.cat(clear)
 
 
 _FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
@@ -277,16 +286,29 @@ def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) ->
     return linear("gate"), up
 
 
-def _outputs(
-    tensors: dict[str, Tensor], activation: Activation, gate: Tensor | None, up: Tensor, sample: Sample, experts: int
-) -> Tensor:
-    """Outputs [T, k, h] of the selected experts; identity experts return the hidden states."""
+def _outputs(tensors: dict[str, Tensor], active: Tensor, sample: Sample, experts: int) -> Tensor:
+    """Outputs [..., T, k, h] of the selected experts for hidden activations [..., T, k, m].
+
+    Identity experts return the hidden states.
+    """
     index = sample.indices.clamp(max=experts - 1)
-    out = torch.einsum("tkhm,tkm->tkh", tensors["down"][index], activation(gate, up))
+    out = torch.einsum("tkhm,...tkm->...tkh", tensors["down"][index], active)
     if "down_bias" in tensors:
         out = out + tensors["down_bias"][index]
     identity = (sample.indices >= experts).unsqueeze(-1)
     return torch.where(identity, sample.hidden.unsqueeze(1), out) if bool(identity.any()) else out
+
+
+def _residuals(outputs: Tensor, sample: Sample) -> list[float]:
+    """`_span`'s residual for each of several readings' outputs [A, T, k, h] of the same tokens."""
+    finite = torch.isfinite(outputs).flatten(1).all(1)
+    count, tokens = outputs.shape[:2]
+    every = Sample(
+        sample.hidden.repeat(count, 1), sample.output.repeat(count, 1), sample.indices,
+        None if sample.weights is None else sample.weights.repeat(count, 1),
+    )  # fmt: skip
+    error = _distances(outputs.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1), every)[0].view(count, tokens).amax(1)
+    return [float(e) if ok else float("inf") for e, ok in zip(error, finite, strict=True)]
 
 
 def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor, Tensor]:
@@ -294,9 +316,15 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor, Tensor]:
 
     Also the weights [T, k], and of which tokens [T] they are the only ones.
     """
-    clear = torch.ones(len(outputs), dtype=torch.bool)
     if not torch.isfinite(outputs).all():
-        return float("inf"), outputs.new_zeros(outputs.shape[:2]), clear
+        return float("inf"), outputs.new_zeros(outputs.shape[:2]), torch.zeros(len(outputs), dtype=torch.bool)
+    error, coefficients, clear = _distances(outputs, sample)
+    return float(error.max().detach()), coefficients, clear
+
+
+def _distances(outputs: Tensor, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """For each token [T]: the distance of its output from the span of outputs [T, k, h], the weights, whether unique."""
+    clear = torch.ones(len(outputs), dtype=torch.bool)
     if sample.weights is not None:
         difference = outputs.sum(1) - sample.output
         coefficients = sample.weights
@@ -309,7 +337,7 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor, Tensor]:
         coefficients = (solution / size.mT).squeeze(-1)
     scale = sample.output.double().norm(dim=-1)
     error = difference.double().norm(dim=-1) / scale.clamp_min(1e-12 * float(scale.max()) + 1e-300)
-    return float(error.max().detach()), coefficients, clear
+    return error.detach(), coefficients, clear
 
 
 def _least_squares(basis: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,7 +178,9 @@ def _groups(region: Region, target: _Target) -> Iterator[Groups]:
     sizes = sorted({s[-2] for s in seen if len(s) >= 3 and s[-2] * s[-1] == count and 1 < s[-2] < count})
     for size in sizes:
         kept = {s[-1] for s in seen if len(s) >= 2 and s.numel() == tokens * s[-1] and 1 <= s[-1] < size}
-        for keep, kind, fill in itertools.product(sorted(kept), ("top2", "max"), ("-inf", "zero")):
+        pairs = any(c.name == "topk" and c.args[1] == 2 and c.inputs[0].shape[-2:-1] == (size,) for c in region.calls)
+        kinds = ("top2", "max") if pairs else ("max", "top2")
+        for keep, kind, fill in itertools.product(sorted(kept), kinds, ("-inf", "zero")):
             yield Groups(size, keep, kind, fill)  # type: ignore[arg-type]
 
 
