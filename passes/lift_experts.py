@@ -228,7 +228,7 @@ def _bias_options(
 def _try(
     reading: _Reading, sample: Sample, region: Region, experts: int
 ) -> Iterator[tuple[Activation, float, Tensor, Tensor]]:
-    """Residual of the routed output under every plausible activation of one reading, the weights, and which are clear."""
+    """Every plausible activation of one reading with its residual; where it fits, the weights and which are clear."""
     tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
     first = tensors["up"]
     per_pair = sum(t[0].numel() for t in tensors.values()) * 8
@@ -245,13 +245,13 @@ def _try(
         outputs = _outputs(tensors, torch.stack([a(gate, up) for a in batch]), small, experts)
         for activation, found in zip(batch, _residuals(outputs, small), strict=True):
             if found < FITS:
-                yield activation, *_weights(reading, tensors, activation, sample, few, experts)
+                yield activation, *_weights(tensors, activation, sample, few, experts)
             else:
                 yield activation, found, first.new_zeros(0), first.new_zeros(0)
 
 
 def _weights(
-    reading: _Reading, tensors: dict[str, Tensor], activation: Activation, sample: Sample, few: int, experts: int
+    tensors: dict[str, Tensor], activation: Activation, sample: Sample, few: int, experts: int
 ) -> tuple[float, Tensor, Tensor]:
     """The residual over all tokens, `few` at a time, with the weights and of which tokens they are the only ones."""
     found = []
@@ -323,7 +323,7 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor, Tensor]:
 
 
 def _distances(outputs: Tensor, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
-    """For each token [T]: the distance of its output from the span of outputs [T, k, h], the weights, whether unique."""
+    """For each token [T]: distance of its output from the span of outputs [T, k, h], the weights, whether unique."""
     clear = torch.ones(len(outputs), dtype=torch.bool)
     if sample.weights is not None:
         difference = outputs.sum(1) - sample.output

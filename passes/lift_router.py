@@ -268,8 +268,19 @@ def supports(region: Region) -> Iterator[Tensor]:
 
 def has_idle_experts(head: Head) -> bool:
     """Whether the tokens of the recorded run select only some of the experts."""
-    found = [f for v in head.dependent for f in _as_indices(v.tensor, head)]
-    return bool(found) and all(len(f.unique()) < head.num_experts for f in found)
+    used = _numbers_used(head)
+    return bool(used) and max(used) < head.num_experts
+
+
+def uses_several_experts(head: Head) -> bool:
+    """Whether the tokens of the recorded run select more than one of the experts, between them."""
+    used = _numbers_used(head)
+    return bool(used) and min(used) > 1
+
+
+def _numbers_used(head: Head) -> list[int]:
+    """Numbers of different experts in all that may be the selected ones."""
+    return [len(f.unique()) for v in head.dependent for f in _as_indices(v.tensor, head)]
 
 
 def _as_indices(tensor: Tensor, head: Head) -> Iterator[Tensor]:
