@@ -16,7 +16,7 @@ from latentize.passes.capture import Call, Recording, Value
 from latentize.passes.detect import Region, latent_projection, regions
 from latentize.passes.double import in_fp64
 from latentize.passes.head import Head
-from latentize.passes.lift_experts import ExpertsFit, fit_experts
+from latentize.passes.lift_experts import ExpertsFit, fit_experts, normed_weights
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
 from latentize.spec import ExpertsSpec, MoESpec
 
@@ -147,8 +147,9 @@ def _bind(
     region: Region, indices: Tensor, experts: ExpertsFit, applies_to: Literal["output", "input"]
 ) -> tuple[Binding | None, str]:
     """The region with the routing rule that explains its experts' weights, in their order or in the router's."""
-    weights, count = experts.coefficients, experts.num_experts
-    clear = experts.clear
+    weights, count, clear = experts.coefficients, experts.num_experts, experts.clear
+    if experts.scale is not None:
+        return _bind_normed(region, indices, experts)
     router, reason = fit_router(region, indices, weights, applies_to, count, clear)
     if router is not None and _mixes_tokens(region):
         return None, "its router reads other tokens than the one it routes"
@@ -162,6 +163,19 @@ def _bind(
         if router is not None:
             order = [row.index(place) for place in range(count)]
             return Binding(region, router, experts.reordered(order), _is_latent(region)), ""
+    found = _bind_normed(region, indices, experts) if _is_latent(region) else (None, reason)
+    return found if found[0] is not None else (None, reason)
+
+
+def _bind_normed(region: Region, indices: Tensor, experts: ExpertsFit) -> tuple[Binding | None, str]:
+    """The latent region with the rule that explains its weights, each expert's output having been normalised."""
+    reason = "its experts' outputs are normalised one by one"
+    if not _is_latent(region):
+        return None, reason
+    for weights in normed_weights(experts, region, indices):
+        router, reason = fit_router(region, indices, weights, "output", experts.num_experts, experts.clear)
+        if router is not None:
+            return Binding(region, router, experts, latent=True), ""
     return None, reason
 
 

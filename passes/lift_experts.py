@@ -52,6 +52,7 @@ class ExpertsFit:
     residual: float
     coefficients: Tensor  # [T, k] weights that put the output in the span
     clear: Tensor  # [T] whether no other weights would
+    scale: Bound | None = None  # [h] what multiplies each expert's output beside a norm; part of `down`
 
     def reordered(self, order: list[int]) -> ExpertsFit:
         """The same with expert order[i] in place i."""
@@ -74,6 +75,7 @@ class _Reading:
     gate_bias: Bound | None = None
     up_bias: Bound | None = None
     down_bias: Bound | None = None
+    scale: Bound | None = None  # [h], in `down` already
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,13 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
     grouped = list(groupings(region))
     for found in grouped:
         for count in _expert_counts(found, region):
-            for reading in _readings(found, count, region.width):
+            scales = _scales(found, region)
+            roles = [role for role in found if role not in scales]
+            for reading in _readings(roles, count, region.width, scales):
                 for activation, residual, coefficients, clear in _try(reading, sample, region, count):
                     if residual < FITS:
-                        return ExpertsFit(*_parts(reading), activation, count, residual, coefficients, clear), ""
+                        parts = _parts(reading)
+                        return ExpertsFit(*parts, activation, count, residual, coefficients, clear, reading.scale), ""
                     best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
     if best[0] == float("inf"):
         return None, _misfit(grouped, region)
@@ -151,8 +156,18 @@ def _shape(role: Role) -> torch.Size:
     return first if role.stacked else torch.Size((len(role.members), *first))
 
 
-def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]:
-    """Every way to read the roles as gate, up, down and their biases."""
+def _scales(found: list[Role], region: Region) -> list[Role]:
+    """The vector that multiplies the output of every expert alike, as a norm's does; only latent experts have one."""
+    if region.width == region.head.router_input_rows().shape[1]:
+        return []
+    weights = [role for role in found if role.kind == "weight"]
+    last = max((role.level for role in weights), default=0)
+    scales = [role for role in weights if role.level == last and role.stacked and _shape(role) == (region.width,)]
+    return scales if len(scales) == 1 else []
+
+
+def _readings(found: list[Role], experts: int, width: int, scales: list[Role]) -> Iterator[_Reading]:
+    """Every way to read the roles as gate, up, down and their biases; `scales`: what multiplies every output."""
     weights = [role for role in found if role.kind == "weight"]
     biases = [role for role in found if role.kind == "bias"]
     if len(weights) < 2:
@@ -167,9 +182,12 @@ def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]
         if remainder or not neurons:
             continue
         shards = max(1, len(down_role.members) // experts)
-        for down in sharded_readings(stack(down_role), _shape(down_role), (experts, width, neurons), 2, shards):
+        scale = stack(scales[0]) if scales else None
+        for plain in sharded_readings(stack(down_role), _shape(down_role), (experts, width, neurons), 2, shards):
+            down = plain if scale is None else plain.with_(scale, lambda d, s: d * s.unsqueeze(-1))
             for gate, up in _firsts(firsts, experts, neurons, width):
-                yield from _with_biases(_Reading(gate, up, down), biases, last, experts, neurons, width)
+                reading = _Reading(gate, up, down, scale=scale)
+                yield from _with_biases(reading, biases, last, experts, neurons, width)
 
 
 def _firsts(firsts: list[Role], experts: int, neurons: int, width: int) -> Iterator[tuple[Bound | None, Bound]]:
@@ -204,7 +222,7 @@ def _with_biases(
         fields = [name for part in combination for name in part]
         if len(fields) == len(set(fields)):
             merged = {name: bound for part in combination for name, bound in part.items()}
-            yield _Reading(reading.gate, reading.up, reading.down, **merged)
+            yield replace(reading, **merged)
 
 
 def _bias_options(
@@ -267,6 +285,22 @@ def _weights(
 
 
 _FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+@torch.no_grad()
+def normed_weights(fit: ExpertsFit, region: Region, indices: Tensor) -> Iterator[Tensor]:
+    """Candidates for the routing weights [T, k] where each expert's output is normalised before it is weighted.
+
+    A norm only scales an output, so it hides in the coefficients of the fit.
+    """
+    tensors = {name: bound.recorded() for name, bound in fit.bounds().items()}
+    sample = Sample(region.hidden_rows(), region.routed_rows(), indices)
+    gate, up = _preactivations(tensors, sample, fit.num_experts)
+    scaled = _outputs(tensors, fit.activation(gate, up), sample, fit.num_experts).double()
+    outputs = [scaled] if fit.scale is None else [scaled, scaled / fit.scale.recorded().double()]
+    for output, eps in itertools.product(outputs, sorted({0.0, *_numbers(region, {"add"})})):
+        if eps >= 0:
+            yield fit.coefficients * (output.square().mean(-1) + eps).sqrt()
 
 
 def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) -> tuple[Tensor | None, Tensor]:
