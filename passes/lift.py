@@ -22,6 +22,8 @@ from latentize.spec import ExpertsSpec, MoESpec
 
 #: How far a candidate came whose experts were read, and only its routing was not.
 EXPERTS_READ = 2
+#: Activations that pass a factor on as a power of it.
+HOMOGENEOUS = frozenset({"relu", "relu_squared", "leaky_relu", "identity"})
 #: Relative change of what a router reads of one token that counts as caused by another token, rounding aside.
 MOVED = 1e-7
 
@@ -116,6 +118,7 @@ def _unselected(head: Head) -> str:
 
 def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
     best = (0, "its selected experts could not be found among the values it computes")
+    either = False  # whether experts that are weighted on their input read like those weighted on their output
     for indices in supports(region):
         experts, reason = fit_experts(region, indices)
         if experts is None:
@@ -125,7 +128,8 @@ def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
         if binding is not None:
             return binding, 3, ""
         best = (EXPERTS_READ, reason)
-    if best[0] >= EXPERTS_READ:
+        either = either or experts.activation.name in HOMOGENEOUS
+    if best[0] >= EXPERTS_READ and not either:
         return None, *best
     for indices, experts in _weighted_inputs(region):
         binding, reason = _bind(region, indices, experts, "input")

@@ -21,6 +21,7 @@ from latentize.passes.lift import Binding, Lifted, lift
 from latentize.passes.lift_router import has_idle_experts, uses_several_experts
 from latentize.passes.mixtures import find_mixtures
 from latentize.passes.probes import Inputs, Prober
+from latentize.passes.roll import roll
 from latentize.passes.scan import holds_experts
 from latentize.passes.verify import run_double
 
@@ -101,7 +102,11 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
             inputs, recording = single, _record(module, single)
             heads = _heads(recording, innermost)[0]
         if _most_uses(heads) > MANY:
-            return [], [_IN_PIECES], False
+            order = {name: place for place, (name, _) in enumerate(named_state(module))}
+            rolled = roll(recording, heads, order)
+            if rolled is None:
+                return [], [_IN_PIECES], False
+            recording, heads = rolled, _heads(rolled, innermost)[0]
         partial = number < len(attempts) and bool(heads) and all(has_idle_experts(head) for head in heads)
         if partial and not any(_is_stacked(head) for head in heads):
             continue
