@@ -367,6 +367,7 @@ def _distances(outputs: Tensor, sample: Sample) -> tuple[Tensor, Tensor, Tensor]
         target = sample.output.double().unsqueeze(-1)
         size = basis.norm(dim=-2, keepdim=True).clamp_min(1e-300)
         solution, clear = _least_squares(basis / size, target)
+        clear |= ~sample.hidden.any(-1)  # a token that was taken away is no accident of its experts
         difference = ((basis / size) @ solution - target).squeeze(-1)
         coefficients = (solution / size.mT).squeeze(-1)
     scale = sample.output.double().norm(dim=-1)
