@@ -867,7 +867,8 @@ class BeamHead(Coding):
 NOT_MOES = {
     c.__name__: c
     for c in (
-        SoftSlots, OneByOneWithMemory, DenseSigmoid, AllSelected, ExpertChoice, ProductKeyMemory, MixtureOfDepths, NeighbourMemory,
+        SoftSlots, OneByOneWithMemory, DenseSigmoid, AllSelected, ExpertChoice, ProductKeyMemory, MixtureOfDepths,
+        NeighbourMemory,
         VectorQuantiser, SparseAttention, HeadRouter, SwitchOverflow, FixedCapacity, QueueDiscount,
         BatchStatistics, SequenceRouter, PreviousToken, TokensNormalised, Sinkhorn, GumbelRouter, InputJitter,
         RandomRouting, EvalDropout, DropPath, CounterBias, CallCounter, PositionHash, SignHash,

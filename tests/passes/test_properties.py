@@ -60,8 +60,8 @@ def test_random_moes_are_lifted_exactly(part: int, request: pytest.FixtureReques
     assert survey(range(10 * part, 10 * part + 10), request) <= REFUSED
 
 
-#: Draws whose weights are hard to tell: experts that vanish for some tokens, numbers of a tanh elsewhere, groups by their
-#: best expert, powers of a weight on the input.
+#: Draws whose weights are hard to tell: experts that vanish for some tokens, numbers of a tanh elsewhere, groups by
+#: their best expert, powers of a weight on the input.
 HARD = (1010, 1021, 1080, 1205)
 
 
