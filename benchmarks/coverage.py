@@ -40,10 +40,9 @@ LAYERS = {"jetmoe": 2, "ernie4_5_vl_moe_text": 2, "doge": 2, "nllb-moe": 2, "vit
 #: Why a family is rightly refused, beyond the reason that the package gives.
 JUSTIFIED = {
     "doge": "product-key retrieval over expert embeddings: no routed feed-forward",
-    "muse_spark_text": "its experts work at a latent width already, on a norm of the projected hidden states",
+    "muse_spark_text": "its experts work at a latent width, with norms before and after them",
     "phimoe": "sparsemixer routing: weights come from two masked softmaxes, not from softmax and top-k",
     "nllb-moe": "as shipped it does not compute its top-2 mixture",
-    "switch_transformers": "tokens past a fixed capacity are dropped",
     "deepseek_v4": "its first layers choose experts by a table of token ids",
     "inkling_text": "the shared experts' gates take part in the normaliser of the selected weights",
     "inkling2_text": "tanh softcaps inside the GLU",
@@ -139,6 +138,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _sections(page: Path) -> str:
+    """What a page holds after the table: its sections, written by hand."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    start = text.find("\n## ")
+    return "" if start < 0 else text[start:]
+
+
 def _limit_memory() -> None:
     """An analysis that needs more than this is an error of ours, not the machine's."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -165,7 +171,7 @@ def main() -> int:
         print(f"{r.verdict:8}{r.family:28} {found:14} {r.seconds:6.1f} s  {r.note[:150]}", flush=True)
     print(", ".join(f"{sum(r.verdict == v for r in rows)} {v}" for v in dict.fromkeys(r.verdict for r in rows)))
     if options.write:
-        options.write.write_text(table(rows), encoding="utf-8")
+        options.write.write_text(table(rows) + _sections(options.write), encoding="utf-8")
     return int(any(r.verdict == "wrong" for r in rows))
 
 

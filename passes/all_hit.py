@@ -47,7 +47,7 @@ class EveryExpertHit(TorchFunctionMode):
         if getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
         answer = self._answer(func, args, kwargs)
-        result = func(*args, **kwargs) if answer is NotImplemented else answer
+        result = self._followed(func, args, kwargs) if answer is NotImplemented else answer
         self._shadow(func, args, kwargs, result)
         self._judge(func, args, result)
         return pytree.tree_map(_several, result)
@@ -66,6 +66,19 @@ class EveryExpertHit(TorchFunctionMode):
         if func in _READERS:
             return self._read(_READERS[func], x)
         return NotImplemented
+
+    @staticmethod
+    def _followed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The call itself; a condition on values that the trace does not have is taken to hold."""
+        if func is not Tensor.__bool__:
+            return func(*args, **kwargs)
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        try:
+            return func(*args, **kwargs)
+        except GuardOnDataDependentSymNode:
+            torch.ops.aten._assert_async.msg(args[0], ASSUMED)
+            return True
 
     def _experts(self, count: int) -> Tensor:
         """The numbers of `count` experts."""

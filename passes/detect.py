@@ -74,8 +74,13 @@ def _like(term: Value, output: Value) -> Tensor:
     return term.tensor if term.tensor.numel() == output.tensor.numel() else output.tensor
 
 
-def regions(head: Head) -> Iterator[Region]:
-    """Candidate regions of a router, the one nearest to it first; which one is right is for the lift to prove."""
+def regions(head: Head, *, any_width: bool = False) -> Iterator[Region]:
+    """Candidate regions of a router, the one nearest to it first; which one is right is for the lift to prove.
+
+    Args:
+        head: the router.
+        any_width: whether experts may work at a width that has nothing to do with the router's.
+    """
     recording, dependent = head.recording, head.dependent
     seen: set[Value] = set()
     for end in recording.outputs:
@@ -88,10 +93,10 @@ def regions(head: Head) -> Iterator[Region]:
             seen.add(output)
             if output.call is not None and output.call.name in graph.RESHAPES and output.call.inputs[0] in seen:
                 continue
-            yield from _regions_at(head, output)
+            yield from _regions_at(head, output, any_width)
 
 
-def _regions_at(head: Head, output: Value) -> Iterator[Region]:
+def _regions_at(head: Head, output: Value, any_width: bool) -> Iterator[Region]:
     routed, rest = graph.terms(output, head.dependent)
     if not routed or any(v.tensor.numel() not in (output.tensor.numel(), output.shape[-1]) for v in rest):
         return
@@ -106,7 +111,7 @@ def _regions_at(head: Head, output: Value) -> Iterator[Region]:
     candidates.sort(key=lambda v: (graph.base(v) is not router_base, -graph.base(v).index, v.index))
     tried: set[Value] = set()
     for hidden in candidates:
-        if graph.base(hidden) in tried or not _plausible(head, hidden, width):
+        if graph.base(hidden) in tried or not (any_width or _plausible(head, hidden, width)):
             continue
         tried.add(graph.base(hidden))
         region = _build(head, hidden, output, rest, inside, width)

@@ -21,17 +21,20 @@ from latentize.passes.double import dtype_of
 from latentize.passes.lift import Binding
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
-from latentize.passes.probes import Inputs, Prober
+from latentize.passes.probes import MANY, Inputs, Prober
 from latentize.passes.scan import CLIMB, Scan, scan, untouched
 from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
 from latentize.passes.trial import Trial, lift_module, mixtures_in, named_state
 from latentize.passes.unreadable import unreadable
-from latentize.passes.verify import EMPTY, Candidate, run_double, verify
+from latentize.passes.verify import EMPTY, SEED, Candidate, run_double, verify
 from latentize.spec import MoESpec
 
 _log = logging.getLogger(__name__)
+
+#: Relative difference above which outputs are taken to depend on the order of the tokens.
+ORDER = 1e-5
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,8 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         reasons.append(reason)
         if reason == EMPTY:
             break
-    return Found(_refused(name, reasons[-1] if reasons else "what lies around the routed path could not be rewritten"))
+    reason = reasons[-1] if reasons else "what lies around the routed path could not be rewritten"
+    return Found(_refused(name, _overflow(item, prober) or reason))
 
 
 def _join(*paths: str) -> str:
@@ -270,7 +274,23 @@ def _is_tokenwise(item: Trial, prober: Prober) -> bool:
         return True
     ahead, back = (run_double(item.randomised, i) for i in (inputs, prober.reversed(inputs)))
     pairs = [(a, b.flip(tuple(range(b.dim() - 1)))) for a, b in zip(ahead, back, strict=True) if a.dim() > 1]
-    return all(float((a - b).norm()) <= 1e-5 * float(a.norm()) for a, b in pairs if a.is_floating_point())
+    return all(float((a - b).norm()) <= ORDER * float(a.norm()) for a, b in pairs if a.is_floating_point())
+
+
+def _overflow(item: Trial, prober: Prober) -> str:
+    """Says so when tokens past a capacity are dropped: many equal tokens do not all get the same; "" otherwise."""
+    inputs = prober.alike(SEED)
+    if inputs is None or not _is_tokenwise(item, prober):
+        return ""
+    try:
+        outputs = run_double(item.randomised, inputs)
+    except Exception:  # so many tokens are more than it takes
+        return ""
+    for output in (o for o in outputs if o.is_floating_point() and o.shape[-2:-1] == (MANY,)):
+        rows = output.reshape(MANY, -1)
+        if float((rows - rows[0]).norm()) > ORDER * float(rows.norm()):
+            return f"tokens past an expert's capacity are dropped: of {MANY} equal tokens not all get the same output"
+    return ""
 
 
 def _places(
@@ -294,7 +314,7 @@ def _places(
         except CaptureError as error:
             reasons.append(f"what lies around the routed path could not be captured as a graph ({error})")
             continue
-        nodes = graph_site(template, item.randomised, module, item.inputs, item.binding, experts)
+        nodes = graph_site(template, item.randomised, item.inputs, item.binding, experts)
         if nodes is not None:
             yield nodes, template
             return

@@ -16,10 +16,14 @@ from latentize.passes.capture import Call, Recording, Value
 from latentize.passes.detect import Region, latent_projection, regions
 from latentize.passes.double import in_fp64
 from latentize.passes.head import Head
-from latentize.passes.lift_experts import ExpertsFit, fit_experts
+from latentize.passes.lift_experts import ExpertsFit, fit_experts, normed_weights
 from latentize.passes.lift_router import RouterFit, carried_weights, fit_router, supports
 from latentize.spec import ExpertsSpec, MoESpec
 
+#: How far a candidate came whose experts were read, and only its routing was not.
+EXPERTS_READ = 2
+#: Activations that pass a factor on as a power of it.
+HOMOGENEOUS = frozenset({"relu", "relu_squared", "leaky_relu", "identity"})
 #: Relative change of what a router reads of one token that counts as caused by another token, rounding aside.
 MOVED = 1e-7
 
@@ -59,27 +63,62 @@ class Binding:
         return graph.base(self.region.head.projection.activation) is not graph.base(self.region.hidden)
 
 
-def lift(head: Head) -> tuple[Binding | None, str]:
-    """The binding of a router's MoE, or the reason of the candidate that came nearest."""
+@dataclass(frozen=True)
+class Lifted:
+    """What became of a router: its binding, or the reason of the candidate that came nearest."""
+
+    binding: Binding | None
+    reason: str = ""
+    experts_read: bool = False  # whether the experts of some candidate were read, and only its routing was not
+
+
+def lift(head: Head) -> Lifted:
+    """The binding of a router's MoE, or why there is none."""
     if all(c.name == "topk" and c.args[1] == head.num_experts for c in head.selections):
-        return None, f"it selects all {head.num_experts} experts for each token: a dense mixture, nothing is routed"
+        reason = f"it selects all {head.num_experts} experts for each token: a dense mixture, nothing is routed"
+        return Lifted(None, reason)
     reasons: list[tuple[float, str]] = []
     for region in regions(head):
         binding, reached, reason = _lift_region(region)
         if binding is not None:
-            return binding, ""
+            return Lifted(binding)
         progress = float(reached)
         if region.width != head.router_input_rows().shape[1]:
             reason = f"its experts work at a latent width of {region.width} already, but {reason}"
             progress = max(reached, 1) + 0.5
         reasons.append((progress, reason))
     if not reasons:
-        return None, "a selection by a router was found, but no experts: no weights are used between it and an output"
-    return None, max(reasons, key=lambda r: r[0])[1]
+        return Lifted(None, _without_regions(head))
+    progress, reason = max(reasons, key=lambda r: r[0])
+    return Lifted(None, _unselected(head) or reason, progress >= EXPERTS_READ)
+
+
+def _without_regions(head: Head) -> str:
+    """Why nothing that follows a router can be its experts."""
+    read = head.router_input_rows().shape[1]
+    for region in regions(head, any_width=True):
+        if sum(len(leaf.shape) >= 2 for leaf in region.leaves) >= 2:
+            return (
+                f"its router is more than one projection: its last layer reads {read} features, where the experts work "
+                f"at width {region.width}"
+            )
+    return "a selection by a router was found, but no experts: no weights are used between it and an output"
+
+
+def _unselected(head: Head) -> str:
+    """Says so where a router has logits that nothing selects by; "" otherwise."""
+    count, choice = head.num_experts, max(c.inputs[0].tensor.numel() for c in head.selections) // head.tokens
+    if not 1 < choice < count:
+        return ""
+    return (
+        f"it selects from {choice} of its router's {count} logits, and the others share in the weights: "
+        "what they weigh (shared experts) is part of the routing"
+    )
 
 
 def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
     best = (0, "its selected experts could not be found among the values it computes")
+    either = False  # whether experts that are weighted on their input read like those weighted on their output
     for indices in supports(region):
         experts, reason = fit_experts(region, indices)
         if experts is None:
@@ -88,22 +127,23 @@ def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
         binding, reason = _bind(region, indices, experts, "output")
         if binding is not None:
             return binding, 3, ""
-        best = (2, reason)
-    if best[0] >= 2:
+        best = (EXPERTS_READ, reason)
+        either = either or experts.activation.name in HOMOGENEOUS
+    if best[0] >= EXPERTS_READ and not either:
         return None, *best
     for indices, experts in _weighted_inputs(region):
         binding, reason = _bind(region, indices, experts, "input")
         if binding is not None:
             return binding, 3, ""
-        best = (2, reason)
-    if best[0] >= 2:
+        best = (EXPERTS_READ, reason)
+    if best[0] >= EXPERTS_READ:
         return None, *best
     found = _from_all_experts(region)
     if found is not None:
         binding, reason = _bind(region, *found, "output")
         if binding is not None:
             return binding, 3, ""
-        best = (2, reason)
+        best = (EXPERTS_READ, reason)
     return None, *best
 
 
@@ -111,8 +151,10 @@ def _bind(
     region: Region, indices: Tensor, experts: ExpertsFit, applies_to: Literal["output", "input"]
 ) -> tuple[Binding | None, str]:
     """The region with the routing rule that explains its experts' weights, in their order or in the router's."""
-    weights, count = experts.coefficients, experts.num_experts
-    router, reason = fit_router(region, indices, weights, applies_to, count)
+    weights, count, clear = experts.coefficients, experts.num_experts, experts.clear
+    if experts.scale is not None:
+        return _bind_normed(region, indices, experts)
+    router, reason = fit_router(region, indices, weights, applies_to, count, clear)
     if router is not None and _mixes_tokens(region):
         return None, "its router reads other tokens than the one it routes"
     if router is not None:
@@ -121,10 +163,23 @@ def _bind(
         row = _rows_of_experts(indices, selected, count)
         if row is None or row == list(range(count)):
             continue
-        router, _ = fit_router(region, torch.tensor(row)[indices], weights, applies_to, count)
+        router, _ = fit_router(region, torch.tensor(row)[indices], weights, applies_to, count, clear)
         if router is not None:
             order = [row.index(place) for place in range(count)]
             return Binding(region, router, experts.reordered(order), _is_latent(region)), ""
+    found = _bind_normed(region, indices, experts) if _is_latent(region) else (None, reason)
+    return found if found[0] is not None else (None, reason)
+
+
+def _bind_normed(region: Region, indices: Tensor, experts: ExpertsFit) -> tuple[Binding | None, str]:
+    """The latent region with the rule that explains its weights, each expert's output having been normalised."""
+    reason = "its experts' outputs are normalised one by one"
+    if not _is_latent(region):
+        return None, reason
+    for weights in normed_weights(experts, region, indices):
+        router, reason = fit_router(region, indices, weights, "output", experts.num_experts, experts.clear)
+        if router is not None:
+            return Binding(region, router, experts, latent=True), ""
     return None, reason
 
 

@@ -21,6 +21,10 @@ from latentize.passes.leaves import Role, groupings, readings, sharded_readings,
 
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
+#: Smallest pivot of the Gram matrix of a token's expert outputs, at unit length, above which its weights are unique.
+APART = 1e-8
+#: Activations that are tried together.
+TOGETHER = 16
 #: Bytes of gathered weights that one trial may hold.
 BUDGET = 256 << 20
 #: Names of calls that betray an activation, tried first when they occur.
@@ -47,6 +51,8 @@ class ExpertsFit:
     num_experts: int
     residual: float
     coefficients: Tensor  # [T, k] weights that put the output in the span
+    clear: Tensor  # [T] whether no other weights would
+    scale: Bound | None = None  # [h] what multiplies each expert's output beside a norm; part of `down`
 
     def reordered(self, order: list[int]) -> ExpertsFit:
         """The same with expert order[i] in place i."""
@@ -69,6 +75,7 @@ class _Reading:
     gate_bias: Bound | None = None
     up_bias: Bound | None = None
     down_bias: Bound | None = None
+    scale: Bound | None = None  # [h], in `down` already
 
 
 @dataclass(frozen=True)
@@ -100,10 +107,13 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
     grouped = list(groupings(region))
     for found in grouped:
         for count in _expert_counts(found, region):
-            for reading in _readings(found, count, region.width):
-                for activation, residual, coefficients in _try(reading, sample, region, count):
+            scales = _scales(found, region)
+            roles = [role for role in found if role not in scales]
+            for reading in _readings(roles, count, region.width, scales):
+                for activation, residual, coefficients, clear in _try(reading, sample, region, count):
                     if residual < FITS:
-                        return ExpertsFit(*_parts(reading), activation, count, residual, coefficients), ""
+                        parts = _parts(reading)
+                        return ExpertsFit(*parts, activation, count, residual, coefficients, clear, reading.scale), ""
                     best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
     if best[0] == float("inf"):
         return None, _misfit(grouped, region)
@@ -146,8 +156,18 @@ def _shape(role: Role) -> torch.Size:
     return first if role.stacked else torch.Size((len(role.members), *first))
 
 
-def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]:
-    """Every way to read the roles as gate, up, down and their biases."""
+def _scales(found: list[Role], region: Region) -> list[Role]:
+    """The vector that multiplies the output of every expert alike, as a norm's does; only latent experts have one."""
+    if region.width == region.head.router_input_rows().shape[1]:
+        return []
+    weights = [role for role in found if role.kind == "weight"]
+    last = max((role.level for role in weights), default=0)
+    scales = [role for role in weights if role.level == last and role.stacked and _shape(role) == (region.width,)]
+    return scales if len(scales) == 1 else []
+
+
+def _readings(found: list[Role], experts: int, width: int, scales: list[Role]) -> Iterator[_Reading]:
+    """Every way to read the roles as gate, up, down and their biases; `scales`: what multiplies every output."""
     weights = [role for role in found if role.kind == "weight"]
     biases = [role for role in found if role.kind == "bias"]
     if len(weights) < 2:
@@ -162,9 +182,12 @@ def _readings(found: list[Role], experts: int, width: int) -> Iterator[_Reading]
         if remainder or not neurons:
             continue
         shards = max(1, len(down_role.members) // experts)
-        for down in sharded_readings(stack(down_role), _shape(down_role), (experts, width, neurons), 2, shards):
+        scale = stack(scales[0]) if scales else None
+        for plain in sharded_readings(stack(down_role), _shape(down_role), (experts, width, neurons), 2, shards):
+            down = plain if scale is None else plain.with_(scale, lambda d, s: d * s.unsqueeze(-1))
             for gate, up in _firsts(firsts, experts, neurons, width):
-                yield from _with_biases(_Reading(gate, up, down), biases, last, experts, neurons, width)
+                reading = _Reading(gate, up, down, scale=scale)
+                yield from _with_biases(reading, biases, last, experts, neurons, width)
 
 
 def _firsts(firsts: list[Role], experts: int, neurons: int, width: int) -> Iterator[tuple[Bound | None, Bound]]:
@@ -199,7 +222,7 @@ def _with_biases(
         fields = [name for part in combination for name in part]
         if len(fields) == len(set(fields)):
             merged = {name: bound for part in combination for name, bound in part.items()}
-            yield _Reading(reading.gate, reading.up, reading.down, **merged)
+            yield replace(reading, **merged)
 
 
 def _bias_options(
@@ -220,8 +243,10 @@ def _bias_options(
     return options
 
 
-def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Iterator[tuple[Activation, float, Tensor]]:
-    """Residual of the routed output under every plausible activation of one reading."""
+def _try(
+    reading: _Reading, sample: Sample, region: Region, experts: int
+) -> Iterator[tuple[Activation, float, Tensor, Tensor]]:
+    """Every plausible activation of one reading with its residual; where it fits, the weights and which are clear."""
     tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
     first = tensors["up"]
     per_pair = sum(t[0].numel() for t in tensors.values()) * 8
@@ -232,26 +257,50 @@ def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Ite
         None if sample.weights is None else sample.weights[chosen],
     )  # fmt: skip
     gate, up = _preactivations(tensors, small, experts)
-    for activation in _activations(region, gated=reading.gate is not None):
-        residual, _ = _span(_outputs(tensors, activation, gate, up, small, experts), small)
-        if residual < FITS:
-            coefficients = []
-            worst = 0.0
-            for part in torch.arange(len(sample.hidden)).split(max(1, few)):
-                piece = Sample(
-                    sample.hidden[part], sample.output[part], sample.indices[part],
-                    None if sample.weights is None else sample.weights[part],
-                )  # fmt: skip
-                g, u = _preactivations(tensors, piece, experts)
-                error, found = _span(_outputs(tensors, activation, g, u, piece, experts), piece)
-                worst = max(worst, error)
-                coefficients.append(found)
-            yield activation, worst, torch.cat(coefficients)
-        else:
-            yield activation, residual, first.new_zeros(0)
+    candidates = _activations(region, gated=reading.gate is not None)
+    sizes = itertools.chain((2,), itertools.repeat(TOGETHER))  # the first ones are likely
+    while batch := list(itertools.islice(candidates, next(sizes))):
+        outputs = _outputs(tensors, torch.stack([a(gate, up) for a in batch]), small, experts)
+        for activation, found in zip(batch, _residuals(outputs, small), strict=True):
+            if found < FITS:
+                yield activation, *_weights(tensors, activation, sample, few, experts)
+            else:
+                yield activation, found, first.new_zeros(0), first.new_zeros(0)
+
+
+def _weights(
+    tensors: dict[str, Tensor], activation: Activation, sample: Sample, few: int, experts: int
+) -> tuple[float, Tensor, Tensor]:
+    """The residual over all tokens, `few` at a time, with the weights and of which tokens they are the only ones."""
+    found = []
+    for part in torch.arange(len(sample.hidden)).split(few):
+        piece = Sample(
+            sample.hidden[part], sample.output[part], sample.indices[part],
+            None if sample.weights is None else sample.weights[part],
+        )  # fmt: skip
+        gate, up = _preactivations(tensors, piece, experts)
+        found.append(_span(_outputs(tensors, activation(gate, up), piece, experts), piece))
+    residuals, coefficients, clear = zip(*found, strict=True)
+    return max(residuals), torch.cat(coefficients), torch.cat(clear)
 
 
 _FIELDS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+@torch.no_grad()
+def normed_weights(fit: ExpertsFit, region: Region, indices: Tensor) -> Iterator[Tensor]:
+    """Candidates for the routing weights [T, k] where each expert's output is normalised before it is weighted.
+
+    A norm only scales an output, so it hides in the coefficients of the fit.
+    """
+    tensors = {name: bound.recorded() for name, bound in fit.bounds().items()}
+    sample = Sample(region.hidden_rows(), region.routed_rows(), indices)
+    gate, up = _preactivations(tensors, sample, fit.num_experts)
+    scaled = _outputs(tensors, fit.activation(gate, up), sample, fit.num_experts).double()
+    outputs = [scaled] if fit.scale is None else [scaled, scaled / fit.scale.recorded().double()]
+    for output, eps in itertools.product(outputs, sorted({0.0, *_numbers(region, {"add"})})):
+        if eps >= 0:
+            yield fit.coefficients * (output.square().mean(-1) + eps).sqrt()
 
 
 def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) -> tuple[Tensor | None, Tensor]:
@@ -271,22 +320,45 @@ def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) ->
     return linear("gate"), up
 
 
-def _outputs(
-    tensors: dict[str, Tensor], activation: Activation, gate: Tensor | None, up: Tensor, sample: Sample, experts: int
-) -> Tensor:
-    """Outputs [T, k, h] of the selected experts; identity experts return the hidden states."""
+def _outputs(tensors: dict[str, Tensor], active: Tensor, sample: Sample, experts: int) -> Tensor:
+    """Outputs [..., T, k, h] of the selected experts for hidden activations [..., T, k, m].
+
+    Identity experts return the hidden states.
+    """
     index = sample.indices.clamp(max=experts - 1)
-    out = torch.einsum("tkhm,tkm->tkh", tensors["down"][index], activation(gate, up))
+    out = torch.einsum("tkhm,...tkm->...tkh", tensors["down"][index], active)
     if "down_bias" in tensors:
         out = out + tensors["down_bias"][index]
     identity = (sample.indices >= experts).unsqueeze(-1)
     return torch.where(identity, sample.hidden.unsqueeze(1), out) if bool(identity.any()) else out
 
 
-def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
-    """Largest relative distance of a token's output from the span of its experts' outputs, and the weights [T, k]."""
+def _residuals(outputs: Tensor, sample: Sample) -> list[float]:
+    """`_span`'s residual for each of several readings' outputs [A, T, k, h] of the same tokens."""
+    finite = torch.isfinite(outputs).flatten(1).all(1)
+    count, tokens = outputs.shape[:2]
+    every = Sample(
+        sample.hidden.repeat(count, 1), sample.output.repeat(count, 1), sample.indices,
+        None if sample.weights is None else sample.weights.repeat(count, 1),
+    )  # fmt: skip
+    error = _distances(outputs.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1), every)[0].view(count, tokens).amax(1)
+    return [float(e) if ok else float("inf") for e, ok in zip(error, finite, strict=True)]
+
+
+def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor, Tensor]:
+    """Largest relative distance of a token's output from the span of its experts' outputs.
+
+    Also the weights [T, k], and of which tokens [T] they are the only ones.
+    """
     if not torch.isfinite(outputs).all():
-        return float("inf"), outputs.new_zeros(outputs.shape[:2])
+        return float("inf"), outputs.new_zeros(outputs.shape[:2]), torch.zeros(len(outputs), dtype=torch.bool)
+    error, coefficients, clear = _distances(outputs, sample)
+    return float(error.max().detach()), coefficients, clear
+
+
+def _distances(outputs: Tensor, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+    """For each token [T]: distance of its output from the span of outputs [T, k, h], the weights, whether unique."""
+    clear = torch.ones(len(outputs), dtype=torch.bool)
     if sample.weights is not None:
         difference = outputs.sum(1) - sample.output
         coefficients = sample.weights
@@ -294,16 +366,17 @@ def _span(outputs: Tensor, sample: Sample) -> tuple[float, Tensor]:
         basis = outputs.mT.double()
         target = sample.output.double().unsqueeze(-1)
         size = basis.norm(dim=-2, keepdim=True).clamp_min(1e-300)
-        solution = _least_squares(basis / size, target)
+        solution, clear = _least_squares(basis / size, target)
+        clear |= ~sample.hidden.any(-1)  # a token that was taken away is no accident of its experts
         difference = ((basis / size) @ solution - target).squeeze(-1)
         coefficients = (solution / size.mT).squeeze(-1)
     scale = sample.output.double().norm(dim=-1)
     error = difference.double().norm(dim=-1) / scale.clamp_min(1e-12 * float(scale.max()) + 1e-300)
-    return float(error.max().detach()), coefficients
+    return error.detach(), coefficients, clear
 
 
-def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
-    """Coefficients [T, k, 1] of target [T, h, 1] in the unit columns of basis [T, h, k].
+def _least_squares(basis: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [T, k, 1] of target [T, h, 1] in the unit columns of basis [T, h, k]; where [T] they are unique.
 
     Normal equations, refined twice against the residual: a few small systems, for which LAPACK's own solvers spend
     their time on threads. A trace of ridge keeps columns that coincide from breaking the factorisation.
@@ -313,7 +386,7 @@ def _least_squares(basis: Tensor, target: Tensor) -> Tensor:
     solution = torch.zeros_like(basis.mT @ target)
     for _ in range(3):
         solution = solution + torch.cholesky_solve(basis.mT @ (target - basis @ solution), factor)
-    return solution
+    return solution, factor.diagonal(dim1=-2, dim2=-1).square().amin(-1) > APART
 
 
 def _activations(region: Region, *, gated: bool) -> Iterator[Activation]:

@@ -41,11 +41,17 @@ class _Target:
     weights: Tensor
     top_k: int
     experts: int  # real ones; the rest pass their input on
+    clear: Tensor  # [T] tokens whose weights are known
 
 
 @torch.no_grad()
 def fit_router(
-    region: Region, indices: Tensor, weights: Tensor, applies_to: Literal["output", "input"], experts: int
+    region: Region,
+    indices: Tensor,
+    weights: Tensor,
+    applies_to: Literal["output", "input"],
+    experts: int,
+    clear: Tensor,
 ) -> tuple[RouterFit | None, str]:
     """The routing rule behind the weights, or the reason why none fits.
 
@@ -55,7 +61,10 @@ def fit_router(
         weights: [T, k] weights the routed output needs.
         applies_to: "output" or "input".
         experts: real experts; logits past them belong to identity experts.
+        clear: [T] tokens whose weights are known; an expert whose output vanishes tells nothing of its own.
     """
+    if not bool(clear.any()):
+        return None, "no token tells its experts' weights"
     logits = region.head.logit_rows().double()
     count = logits.shape[1]
     if experts > count:
@@ -64,7 +73,7 @@ def fit_router(
         return None, f"it selects {indices.shape[1]} of {count} experts: nothing is routed"
     selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()
     dense = torch.zeros_like(logits).scatter(1, indices, weights.double())
-    target = _Target(logits, selected, dense, indices.shape[1], experts)
+    target = _Target(logits, selected, dense, indices.shape[1], experts, clear)
     reason = "its selection is not the top-k of any supported score of its logits"
     for factor in (None, *_temperatures(region)):
         scaled = target if factor is None else replace(target, logits=logits * float(factor.recorded()))
@@ -125,9 +134,8 @@ def _selection_rules(region: Region, target: _Target) -> Iterator[tuple[RouterSp
     """Every rule of selection worth trying, plain ones first; its leaves are given parts in every way."""
     count = target.logits.shape[1]
     leaves = [leaf for leaf in region.routing_leaves if leaf.value.tensor.numel() in (1, count)]
-    names = {call.name for call in region.calls}
     caps: list[float | None] = [None]
-    if "tanh" in names:
+    if any(c.name == "tanh" and c.inputs[0] in region.head.dependent - region.fed for c in region.calls):
         caps = [*(s for s in region.scalars() if s > 0), None]
     orders = (
         ["topk_first", "score_first"] if _softmax_over_selected(region, target.top_k) else ["score_first", "topk_first"]
@@ -170,7 +178,9 @@ def _groups(region: Region, target: _Target) -> Iterator[Groups]:
     sizes = sorted({s[-2] for s in seen if len(s) >= 3 and s[-2] * s[-1] == count and 1 < s[-2] < count})
     for size in sizes:
         kept = {s[-1] for s in seen if len(s) >= 2 and s.numel() == tokens * s[-1] and 1 <= s[-1] < size}
-        for keep, kind, fill in itertools.product(sorted(kept), ("top2", "max"), ("-inf", "zero")):
+        pairs = any(c.name == "topk" and c.args[1] == 2 and c.inputs[0].shape[-2:-1] == (size,) for c in region.calls)
+        kinds = ("top2", "max") if pairs else ("max", "top2")
+        for keep, kind, fill in itertools.product(sorted(kept), kinds, ("-inf", "zero")):
             yield Groups(size, keep, kind, fill)  # type: ignore[arg-type]
 
 
@@ -218,7 +228,7 @@ def _scale(rule: RouterSpec, logits: Tensor, target: _Target, region: Region) ->
     if rule.per_expert_scale is not None:
         weights = weights * rule.per_expert_scale[indices]
     wanted = target.weights.gather(1, indices)
-    weights, wanted = (_pooled(w, indices >= target.experts) for w in (weights, wanted))
+    weights, wanted = (_pooled(w, indices >= target.experts)[target.clear] for w in (weights, wanted))
     size = float(weights.square().sum())
     if not size > 0 or not torch.isfinite(weights).all():
         return None
@@ -258,8 +268,19 @@ def supports(region: Region) -> Iterator[Tensor]:
 
 def has_idle_experts(head: Head) -> bool:
     """Whether the tokens of the recorded run select only some of the experts."""
-    found = [f for v in head.dependent for f in _as_indices(v.tensor, head)]
-    return bool(found) and all(len(f.unique()) < head.num_experts for f in found)
+    used = _numbers_used(head)
+    return bool(used) and max(used) < head.num_experts
+
+
+def uses_several_experts(head: Head) -> bool:
+    """Whether the tokens of the recorded run select more than one of the experts, between them."""
+    used = _numbers_used(head)
+    return bool(used) and min(used) > 1
+
+
+def _numbers_used(head: Head) -> list[int]:
+    """Numbers of different experts in all that may be the selected ones."""
+    return [len(f.unique()) for v in head.dependent for f in _as_indices(v.tensor, head)]
 
 
 def _as_indices(tensor: Tensor, head: Head) -> Iterator[Tensor]:

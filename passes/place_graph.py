@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from latentize.passes import trace
 from latentize.passes.all_hit import assumptions
-from latentize.passes.double import dtype_of, evaluating
+from latentize.passes.double import evaluating, in_fp64
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs
 from latentize.passes.rewrite import encode_example, sharing_copy
@@ -27,18 +27,13 @@ def capture_at(module: nn.Module, inputs: Inputs, experts: int = 0) -> fx.GraphM
     Raises:
         CaptureError: the module cannot be captured.
     """
-    native = _native(module, inputs)
+    native = inputs.to(None)
     return trace.capture(evaluating(sharing_copy(module)), native.args, native.kwargs, experts)
-
-
-def _native(module: nn.Module, inputs: Inputs) -> Inputs:
-    return inputs.to(dtype_of(module))
 
 
 def graph_site(
     template: fx.GraphModule | None,
     randomised: nn.Module,
-    module: nn.Module,
     inputs: Inputs,
     binding: Binding,
     experts: int = 0,
@@ -48,7 +43,6 @@ def graph_site(
     Args:
         template: the graph captured from the module; None when the module is a graph itself.
         randomised: the fp64 copy that the lift was made on.
-        module: the original, for the dtypes of its arguments.
         inputs: the inputs that the lift was made on.
         binding: the lift.
         experts: number of experts that were all taken to be hit when the graph was captured; 0: none were.
@@ -61,7 +55,8 @@ def graph_site(
     assumed = assumptions(captured.graph) if experts else []
     trace.strip_checks(captured.graph)
     captured.recompile()
-    values = trace.node_values(captured, *_fresh(inputs))
+    with in_fp64():
+        values = trace.node_values(captured, *_fresh(inputs))
     region = binding.region
     first = region.hidden_channels_first
     hidden = _nodes(values, region.hidden.tensor)
@@ -82,7 +77,7 @@ def graph_site(
     decided = _nodes(values, region.head.logits.tensor)
     if not all(_between(decided, node, pair[1]) for node in assumed):
         return None
-    native = _native(module, inputs)
+    native = inputs.to(None)
     return GraphSite(
         None if template is None else "",
         pair[0].name,
@@ -117,7 +112,8 @@ def finish_prefix(site: Site, randomised: nn.Module, binding: Binding) -> Site:
     frame = next(f for f in binding.region.head.recording.frames if f.path == site.router.path)
     given = next(a for a in pytree.tree_leaves((frame.args, frame.kwargs)) if isinstance(a, Tensor))
     captured = trace.capture(randomised.get_submodule(site.router.path), (given.detach().clone(),), {})
-    values = trace.node_values(captured, (given.detach().clone(),), {})
+    with in_fp64():
+        values = trace.node_values(captured, (given.detach().clone(),), {})
     nodes = _nodes(values, binding.region.head.projection.activation.tensor)
     if not nodes:
         raise trace.CaptureError("the router's input is not found in its graph")

@@ -33,8 +33,8 @@ class Inputs:
     kwargs: dict[str, Any]
     optional: bool = False  # whether the module may reject them
 
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """The same with copies of floating tensors in `dtype`; the call may write to its inputs."""
+    def to(self, dtype: torch.dtype | None) -> Inputs:
+        """The same with copies of floating tensors in `dtype`, None: their own; the call may write to its inputs."""
         args, kwargs = pytree.tree_map(lambda a: _copied(a, dtype), (self.args, self.kwargs))
         return Inputs(self.name, args, kwargs, self.optional)
 
@@ -43,7 +43,7 @@ class Inputs:
         return [a for a in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(a, Tensor)]
 
 
-def _copied(item: Any, dtype: torch.dtype) -> Any:
+def _copied(item: Any, dtype: torch.dtype | None) -> Any:
     if not isinstance(item, Tensor):
         return own(item)
     return item.detach().to(dtype).clone() if item.is_floating_point() else item.detach().clone()
@@ -238,13 +238,18 @@ class Prober:
         wanted = [("one token", 1, 1), ("7 tokens", 1, 7), ("batch of 3 × 11", 3, 11), ("64 tokens", 2, 32)]
         wanted += [("batch of 9 × 2", 9, 2)]
         found += [p for n, b, t in wanted if (p := self.random(n, b, t, seed + b + t, spread=0.5)) is not None]
-        alike = self.random("one token", 1, 1, seed + 1)
-        if alike is not None and like.dim() <= 3:
-            (tensor,) = alike.tensors()
-            last = self._last(tensor)
-            repeat = [MANY if axis == last.dim() - 2 else 1 for axis in range(last.dim())]
-            found.append(self._laid(f"{MANY} equal tokens, most experts idle", last.repeat(repeat)))
-        return found
+        alike = self.alike(seed)
+        return found if alike is None else [*found, alike]
+
+    def alike(self, seed: int) -> Inputs | None:
+        """Many equal tokens, all for the same experts; None where the module takes more than hidden states."""
+        one = self.random("one token", 1, 1, seed + 1)
+        if one is None or self.hidden is None or self.hidden.dim() > 3:
+            return None
+        (tensor,) = one.tensors()
+        last = self._last(tensor)
+        repeat = [MANY if axis == last.dim() - 2 else 1 for axis in range(last.dim())]
+        return self._laid(f"{MANY} equal tokens, most experts idle", last.repeat(repeat))
 
 
 def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:

@@ -17,15 +17,18 @@ from latentize.passes.double import in_double, in_fp64
 from latentize.passes.head import Head
 from latentize.passes.heads import Note, deepened, find_heads, selections
 from latentize.passes.leaves import MOST_ROLES
-from latentize.passes.lift import Binding, lift
-from latentize.passes.lift_router import has_idle_experts
+from latentize.passes.lift import Binding, Lifted, lift
+from latentize.passes.lift_router import has_idle_experts, uses_several_experts
 from latentize.passes.mixtures import find_mixtures
 from latentize.passes.probes import Inputs, Prober
+from latentize.passes.roll import roll
 from latentize.passes.scan import holds_experts
 from latentize.passes.verify import run_double
 
 #: Tokens of the run that a lift is made on.
 TOKENS = 48
+#: Matrices of one expert: gate, up and down.
+MOST_MATRICES = 3
 #: Uses of one router in a run above which its tokens come to it in pieces.
 MANY = 4
 SEED = 0
@@ -99,20 +102,27 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
             inputs, recording = single, _record(module, single)
             heads = _heads(recording, innermost)[0]
         if _most_uses(heads) > MANY:
-            return [], [_IN_PIECES], False
+            order = {name: place for place, (name, _) in enumerate(named_state(module))}
+            rolled = roll(recording, heads, order)
+            if rolled is None:
+                return [], [_IN_PIECES], False
+            recording, heads = rolled, _heads(rolled, innermost)[0]
         partial = number < len(attempts) and bool(heads) and all(has_idle_experts(head) for head in heads)
         if partial and not any(_is_stacked(head) for head in heads):
             continue
+        open_heads = False  # whether more tokens may help
         for head in heads:
-            binding, reason = _lift_head(head)
-            if binding is None:
-                reasons.append(reason)
-                idle = idle or has_idle_experts(head)
+            lifted = _lift_head(head)
+            if lifted.binding is None:
+                reasons.append(lifted.reason)
+                if lifted.experts_read or not _shows_all_weights(head):
+                    open_heads = True
+                    idle = idle or has_idle_experts(head)
             else:
-                found.append(Trial(binding, recording, module, inputs))
+                found.append(Trial(lifted.binding, recording, module, inputs))
         if partial:  # experts that no token selected are known where one tensor holds them all
             found = [t for t in found if t.binding.experts.num_experts == t.binding.region.head.num_experts]
-        if found or not (idle or partial):
+        if found or not (idle or (partial and open_heads)):
             return found, reasons, idle
     return [], reasons, idle
 
@@ -123,16 +133,23 @@ def _is_stacked(head: Head) -> bool:
     return first is not None and len(first.leaves) <= MOST_ROLES
 
 
-def _lift_head(head: Head) -> tuple[Binding | None, str]:
+def _shows_all_weights(head: Head) -> bool:
+    """Whether the weights that a router leads to are used whichever experts are selected: too few to be one's own."""
+    first = next(regions(head), None)  # all the experts' outputs come together there
+    matrices = 0 if first is None else sum(len(leaf.shape) >= 2 for leaf in first.leaves)
+    return 0 < matrices <= MOST_MATRICES and uses_several_experts(head)
+
+
+def _lift_head(head: Head) -> Lifted:
     """The router's MoE, with the router read from as far back as its logits are affine; else the first reason."""
-    binding, reason = lift(head)
-    while binding is None:
+    first = lifted = lift(head)
+    while lifted.binding is None:
         deeper = deepened(head)
         if deeper is None:
-            return None, reason
+            return first
         head = deeper
-        binding, _ = lift(head)
-    return binding, ""
+        lifted = lift(head)
+    return lifted
 
 
 _IN_PIECES = "it works through its tokens piece by piece, so that no one step of it is the whole block"

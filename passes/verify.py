@@ -92,14 +92,15 @@ def _compare(
     templates = {} if candidate.template is None else {"": candidate.template}
     rewritten = replace_at(subject, {"": candidate.site}, {"": canonical}, templates=templates)
     dtype = dtype_of(subject)
+    given = torch.float64 if subject is truth else None  # what a run in its own dtype is given stays as it is
     narrowest = min((p.dtype for p in subject.parameters() if p.is_floating_point()), key=_bits, default=dtype)
     probes: list[Probe] = []
     for probe in inputs:
         expected = _run(truth, probe, torch.float64)
-        own = expected if subject is truth else _run(subject, probe, dtype)
+        own = expected if subject is truth else _run(subject, probe, given)
         margins, handle = _margins(canonical.router)
         try:
-            ours = _run(rewritten, probe, dtype)
+            ours = _run(rewritten, probe, given)
         except (RuntimeError, IndexError, ValueError) as failure:  # a captured graph may hold for some shapes only
             line = (str(failure).strip().splitlines() or [""])[0]
             return probes, f"rewritten, it does not run on {label}{probe.name} ({type(failure).__name__}: {line})"
@@ -194,7 +195,7 @@ def run_double(module: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 def run_native(module: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Output tensors of a module in its own dtype."""
-    return _run(module, inputs, dtype_of(module))
+    return _run(module, inputs, None)
 
 
 def _bits(dtype: torch.dtype) -> int:
@@ -211,7 +212,7 @@ def _floor(dtype: torch.dtype) -> float:
     return FLOOR if dtype in (torch.float32, torch.float64) else float(torch.finfo(dtype).eps)
 
 
-def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+def _run(module: nn.Module, inputs: Inputs, dtype: torch.dtype | None) -> list[Tensor]:
     ready = inputs.to(dtype)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         if dtype == torch.float64:

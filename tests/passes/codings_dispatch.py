@@ -154,6 +154,19 @@ class TokenLoop(Listed):
         return torch.stack(rows).view(x.shape)
 
 
+class TokenLoopIndexed(TokenLoop):
+    """One token at a time, cut out of a slice; its experts' outputs are stacked and weighted together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        rows = []
+        for t in range(flat.shape[0]):
+            weights, index = self.route(flat[t : t + 1])
+            chosen = [self.ffns[e](flat[t]) for e in index[0].tolist()]
+            rows.append((torch.stack(chosen) * weights[0, :, None]).sum(0))
+        return torch.stack(rows).view(x.shape)
+
+
 class NonzeroHit(_FlatStacked):
     """A loop over the experts that got tokens, from a nonzero over their counts."""
 
@@ -415,7 +428,8 @@ MOES = {
     c.__name__: c
     for c in (
         SplitCat, AnyContinue, IndexPutAccumulate, ScatterAdd, BmmMaxCount, GatherBmm, SlotLoop, GroupedMm,
-        Where, TokenLoop, NonzeroHit, NumpyCounts, PermuteUnpermute, DispatchCombine, Vmapped, ChunkedTokens,
+        Where, TokenLoop, TokenLoopIndexed, NonzeroHit, NumpyCounts, PermuteUnpermute, DispatchCombine, Vmapped,
+        ChunkedTokens,
         DecodePath, AutogradFunction, Checkpointed, TakeFromStack, SparseProduct, SequenceBySequence,
         KeywordOnly, CalledTwice, AddedInPlace, Scripted, DroppingCapable, NestedSequentialFfn,
     )

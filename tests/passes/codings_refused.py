@@ -49,6 +49,22 @@ class SoftSlots(Stacked):
         return torch.einsum("bts,bsd->btd", logits.softmax(-1), y)
 
 
+class OneByOneWithMemory(Listed):
+    """One token at a time; the router leans on what the token before got."""
+
+    why = MIXES
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = []
+        for sequence in x.reshape(-1, *x.shape[-2:]):
+            last = torch.zeros_like(sequence[0])
+            for token in sequence:
+                weights, index = self.route(token + last)
+                last = sum(w * self.ffns[e](token) for w, e in zip(weights, index.tolist(), strict=True))
+                rows.append(last)
+        return torch.stack(rows).view(x.shape)
+
+
 class DenseSigmoid(Stacked):
     """Every expert, weighted by a sigmoid each."""
 
@@ -851,7 +867,8 @@ class BeamHead(Coding):
 NOT_MOES = {
     c.__name__: c
     for c in (
-        SoftSlots, DenseSigmoid, AllSelected, ExpertChoice, ProductKeyMemory, MixtureOfDepths, NeighbourMemory,
+        SoftSlots, OneByOneWithMemory, DenseSigmoid, AllSelected, ExpertChoice, ProductKeyMemory, MixtureOfDepths,
+        NeighbourMemory,
         VectorQuantiser, SparseAttention, HeadRouter, SwitchOverflow, FixedCapacity, QueueDiscount,
         BatchStatistics, SequenceRouter, PreviousToken, TokensNormalised, Sinkhorn, GumbelRouter, InputJitter,
         RandomRouting, EvalDropout, DropPath, CounterBias, CallCounter, PositionHash, SignHash,

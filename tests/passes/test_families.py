@@ -54,6 +54,18 @@ def test_family_is_refused(family: str) -> None:
     contract.assert_refused(make, example(model), [example(model, 3, 9, 4)], run)
 
 
-def test_latent_family_is_reported_as_latent() -> None:
-    make = functools.partial(hf.build, "nemotron_h", moe_latent_size=16)
+#: What a person must find in the reason, by family.
+REASONS = {"switch_transformers": "capacity", "zaya": "more than one projection", "inkling_text": "logits"}
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_refusal_names_what_is_not_standard(family: str) -> None:
+    blocks = contract.inspect(functools.partial(hf.build, family), example(hf.build(family)))
+    assert blocks
+    assert all(b.status == "refused" and REASONS[family] in b.reason for b in blocks)
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "muse_spark_text"])
+def test_latent_family_is_reported_as_latent(family: str) -> None:
+    make = functools.partial(hf.build, family, **{"nemotron_h": {"moe_latent_size": 16}}.get(family, {}))
     assert [b.status for b in contract.inspect(make, example(make()))] == ["latent"]
