@@ -82,14 +82,24 @@ def forward(
     dispatch = Dispatch.of(indices, len(experts.up))
     if not dispatch.hit:
         return hidden.new_zeros(hidden.shape)
-    x = hidden.index_select(0, dispatch.tokens)
     pair_weights = weights.reshape(-1).index_select(0, dispatch.pairs).unsqueeze(-1)
-    if weights_on_input:
-        x = x * pair_weights
+    y = _outputs(hidden, pair_weights if weights_on_input else None, experts, activation, dispatch)
+    return _combine(y if weights_on_input else y.mul_(pair_weights), dispatch, indices)
+
+
+def _outputs(
+    hidden: Tensor, input_weights: Tensor | None, experts: Experts, activation: Activation, dispatch: Dispatch
+) -> Tensor:
+    """Outputs [P, l] of the sorted pairs, before their weights; what led to them is freed on return."""
+    x = hidden.index_select(0, dispatch.tokens)
+    if input_weights is not None:
+        x *= input_weights
     gate = None if experts.gate is None else _linear(x, experts.gate, experts.gate_bias, dispatch)
-    activated = activation(gate, _linear(x, experts.up, experts.up_bias, dispatch))
-    y = _linear(activated, experts.down, experts.down_bias, dispatch)
-    return _combine(y if weights_on_input else y * pair_weights, dispatch, indices)
+    up = _linear(x, experts.up, experts.up_bias, dispatch)
+    del x
+    activated = activation(gate, up)
+    del gate, up
+    return _linear(activated, experts.down, experts.down_bias, dispatch)
 
 
 def backward(

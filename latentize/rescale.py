@@ -41,16 +41,21 @@ def expand(spec: MoESpec, experts_factor: int, topk_factor: int) -> MoESpec:
 
 def copy_experts(spec: MoESpec, a: int, b: int) -> MoESpec:
     """a exact copies of every expert, each with 1/b of its parent's routing weight when b of a family are selected."""
-    share = _score_share(spec.router, a, b)
-    real = spec.num_experts
-    router = _copy_router(spec.router, real, a, b, share)
     experts = map_experts(spec.experts, lambda t: torch.cat([t] * a))
-    if router.applies_to == "input":  # f(w x / b) is not f(w x) / b: full weights, outputs divided
+    if spec.router.applies_to == "input":  # f(w x / b) is not f(w x) / b: full weights, outputs divided
         down_bias = None if experts.down_bias is None else experts.down_bias / b
         experts = replace(experts, down=experts.down / b, down_bias=down_bias)
-        router = replace(router, scale=router.scale * b, per_expert_scale=_divide_identities(router, a * real, b))
     experts = replace(experts, num_identity=a * spec.experts.num_identity)
-    return replace(spec, router=router, experts=experts)
+    return replace(spec, router=copy_router(spec, a, b), experts=experts)
+
+
+def copy_router(spec: MoESpec, a: int, b: int) -> RouterSpec:
+    """The router of `copy_experts(spec, a, b)`."""
+    router = _copy_router(spec.router, spec.num_experts, a, b, _score_share(spec.router, a, b))
+    if router.applies_to != "input":
+        return router
+    scales = _divide_identities(router, a * spec.num_experts, b)
+    return replace(router, scale=router.scale * b, per_expert_scale=scales)
 
 
 def separate_banks(spec: MoESpec, directions: Tensor, kept: int) -> MoESpec:

@@ -21,8 +21,10 @@ from latentize.passes.leaves import Role, groupings, readings, sharded_readings,
 
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
-#: Bytes of gathered weights that one trial may hold.
-BUDGET = 256 << 20
+#: Tokens that tell most readings from the right one, and those of the rest that are looked at together.
+FEW, TOGETHER = 12, 64
+#: Bytes of weights up to which they are gathered for each pair of a token and an expert.
+GATHERED = 4 << 20
 #: Names of calls that betray an activation, tried first when they occur.
 _HINTS = {
     "silu": ("silu",), "gelu": ("gelu", "gelu_tanh"), "relu": ("relu", "relu_squared"), "sigmoid": ("silu", "sigmoid"),
@@ -224,9 +226,7 @@ def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Ite
     """Residual of the routed output under every plausible activation of one reading."""
     tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
     first = tensors["up"]
-    per_pair = sum(t[0].numel() for t in tensors.values()) * 8
-    few = max(2, min(12, len(sample.hidden), BUDGET // max(1, per_pair * sample.indices.shape[1])))
-    chosen = torch.linspace(0, len(sample.hidden) - 1, few).long()
+    chosen = torch.linspace(0, len(sample.hidden) - 1, min(FEW, len(sample.hidden))).long()
     small = Sample(
         sample.hidden[chosen], sample.output[chosen], sample.indices[chosen],
         None if sample.weights is None else sample.weights[chosen],
@@ -237,7 +237,7 @@ def _try(reading: _Reading, sample: Sample, region: Region, experts: int) -> Ite
         if residual < FITS:
             coefficients = []
             worst = 0.0
-            for part in torch.arange(len(sample.hidden)).split(max(1, few)):
+            for part in torch.arange(len(sample.hidden)).split(TOGETHER):
                 piece = Sample(
                     sample.hidden[part], sample.output[part], sample.indices[part],
                     None if sample.weights is None else sample.weights[part],
@@ -263,7 +263,7 @@ def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) ->
     def linear(name: str) -> Tensor | None:
         if name not in tensors:
             return None
-        out = torch.einsum("tkmh,tkh->tkm", tensors[name][index], x)
+        out = _times(tensors[name], index, x)
         return out + tensors[f"{name}_bias"][index] if f"{name}_bias" in tensors else out
 
     up = linear("up")
@@ -271,12 +271,23 @@ def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) ->
     return linear("gate"), up
 
 
+def _times(weights: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """weights[index] x [T, k, out] of weights [N, out, in], index [T, k] and x [T, k, in]."""
+    if index.numel() * weights[0].numel() * weights.element_size() <= GATHERED:
+        return torch.einsum("tkoi,tki->tko", weights[index], x)
+    out = x.new_empty(*index.shape, weights.shape[1])
+    for expert in index.unique().tolist():
+        pairs = index == expert
+        out[pairs] = x[pairs] @ weights[expert].T
+    return out
+
+
 def _outputs(
     tensors: dict[str, Tensor], activation: Activation, gate: Tensor | None, up: Tensor, sample: Sample, experts: int
 ) -> Tensor:
     """Outputs [T, k, h] of the selected experts; identity experts return the hidden states."""
     index = sample.indices.clamp(max=experts - 1)
-    out = torch.einsum("tkhm,tkm->tkh", tensors["down"][index], activation(gate, up))
+    out = _times(tensors["down"], index, activation(gate, up))
     if "down_bias" in tensors:
         out = out + tensors["down_bias"][index]
     identity = (sample.indices >= experts).unsqueeze(-1)
