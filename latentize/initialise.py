@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
+from latentize.memory import release
 from latentize.output_fit import coefficients, damping, factorise, features, fit, selected
 from latentize.plan import BlockPlan, fits
 from latentize.projections import (
@@ -121,6 +122,7 @@ def _from_activations(
     moment = shrink(tokens.input_moment(), len(tokens.hidden))
     few = tokens.first(SENSITIVITY_TOKENS)
     needed = input_sensitivity(spec, few.hidden, few.routing, importance, seed)
+    release()  # what gradients were computed from
     down = input_projection(shrink(needed, DRAWS * len(few.hidden)), moment, plan.latent_dim)
     guess = reconstruction(down, moment)
 
