@@ -2,6 +2,7 @@
 
     python benchmarks/steps.py                                    the sample language model, compression 2
     python benchmarks/steps.py samples/plain_moe.py --compression 4
+    python benchmarks/steps.py --large --batches 2                a random model, large beside what any model takes
 
 Peak memory is what the process held at most during the step above what it held before it, beside the model's own
 bytes; the promise is twice the model plus one block. Linux only: the high-water mark is reset before each step.
@@ -26,6 +27,7 @@ import latentize
 from latentize.sources import open_model
 
 SAMPLE = Path(__file__).resolve().parents[1] / "samples" / "stdlib_lm.py"
+LARGE = Path(__file__).resolve().parent / "large_moe.py"
 KEY = ("model", "compression", "variant", "step")
 COLUMNS = {"step": "", "seconds": ".2f", "peak_mib": ",.0f", "peak_over_model": ".1f"}
 
@@ -82,12 +84,15 @@ def _memory(name: str) -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default=str(SAMPLE))
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--large", action="store_true", help=f"convert {LARGE.name}")
     parser.add_argument("--compression", type=float, default=2.0)
     parser.add_argument("--variant", default="acc")
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.model = options.model or str(LARGE if options.large else SAMPLE)
+    return options
 
 
 if __name__ == "__main__":

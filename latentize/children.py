@@ -14,7 +14,7 @@ from torch import Tensor
 from latentize.projections import leading
 from latentize.rescale import simplex
 from latentize.routing import Routing
-from latentize.spec import MoESpec
+from latentize.spec import RouterSpec
 
 #: Standard deviation of the difference between two siblings' logits.
 SPLIT = 0.5
@@ -23,28 +23,30 @@ SPLIT = 0.5
 BANK_SPLIT = 0.1
 
 
-def condition(spec: MoESpec, parents: int, dropped: Tensor, hidden: Tensor, routing: Routing) -> MoESpec:
-    """The expanded block with its families' router rows split.
+def condition(
+    router: RouterSpec, parents: int, a: int, dropped: Tensor, hidden: Tensor, routing: Routing
+) -> RouterSpec:
+    """The expanded router with its families' rows split.
 
     Args:
-        spec: the block after `rescale.expand`; child c of expert e at c * parents + e.
+        router: after `rescale.copy_router`; child c of expert e at c * parents + e.
         parents: experts N before it was expanded.
+        a: copies of each.
         dropped: [d, d] D such that D x is what the down-projection drops.
         hidden: [T, d] what the router reads.
         routing: the original routing of these tokens, over `parents` experts.
     """
-    a = spec.num_experts // parents
     if a == 1:
-        return spec
-    weight = spec.router.weight
+        return router
+    weight = router.weight
     shifts = torch.zeros(a, *weight.shape[1:], dtype=hidden.dtype, device=hidden.device).unsqueeze(1)
     shifts = shifts.repeat(1, parents, 1)
     for expert in range(parents):
         x = hidden[(routing.indices == expert).any(-1)]
         shifts[:, expert] = family_shifts(x, dropped, a)
     rows = weight.clone()
-    rows[: spec.num_experts] += shifts.flatten(0, 1).to(weight)
-    return replace(spec, router=replace(spec.router, weight=rows))
+    rows[: a * parents] += shifts.flatten(0, 1).to(weight)
+    return replace(router, weight=rows)
 
 
 def family_shifts(x: Tensor, dropped: Tensor, count: int) -> Tensor:

@@ -20,6 +20,7 @@ from latentize.errors import LatentizeError
 from latentize.forecast import Forecast
 from latentize.initialise import initialise
 from latentize.inputs import Batch, Inputs, observing
+from latentize.memory import release
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan, check_plan, make_plan
 from latentize.predict import predict
@@ -309,6 +310,7 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
                 reading=readings.get(name), seed=recipe.seed,
             )  # fmt: skip
             specs[name] = in_dtype(spec, recipe)
+            release()
     progress(len(prepared.plans), len(prepared.plans))
     return {name: specs[name] for name in prepared.plans}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
+from latentize.memory import release
 from latentize.output_fit import coefficients, damping, factorise, features, fit, selected
 from latentize.plan import BlockPlan, fits
 from latentize.projections import (
@@ -25,9 +26,9 @@ from latentize.projections import (
 )
 from latentize.reference import experts_forward, router_forward
 from latentize.reread import Reading
-from latentize.rescale import check_factors, copy_experts, expand, separate_banks
+from latentize.rescale import check_factors, copy_router, divided, expand, separate_banks
 from latentize.routing import Routing
-from latentize.spec import LatentSpec, MoESpec
+from latentize.spec import LatentSpec, MoESpec, RouterSpec
 from latentize.statistics import BlockStatistics
 
 #: A token counts in proportion to this power of its importance, which is a noisy estimate, within these bounds.
@@ -37,6 +38,9 @@ IMPORTANCE_RANGE = (0.05, 20.0)
 #: Tokens that the sensitivity to the input is measured on, and random directions for each of them.
 SENSITIVITY_TOKENS = 4096
 DRAWS = 4
+
+#: Tokens whose gradients are taken together.
+SENSITIVITY_AT_ONCE = 512
 
 #: Tokens that the second moment over all tokens counts as, beside an expert's own.
 PRIOR_TOKENS = 64.0
@@ -118,25 +122,28 @@ def _from_activations(
     moment = shrink(tokens.input_moment(), len(tokens.hidden))
     few = tokens.first(SENSITIVITY_TOKENS)
     needed = input_sensitivity(spec, few.hidden, few.routing, importance, seed)
+    release()  # what gradients were computed from
     down = input_projection(shrink(needed, DRAWS * len(few.hidden)), moment, plan.latent_dim)
     guess = reconstruction(down, moment)
 
     dropped = torch.eye(len(moment), dtype=moment.dtype, device=moment.device) - guess @ down
-    wide = _multiply(spec, plan, dropped.to(tokens.hidden.dtype), tokens)
-    routing = router_forward(wide, tokens.seen)
-    guesses = local_guesses(down, moment, tokens.hidden * tokens.weights, routing, wide.num_experts)
-    start = narrow(wide, down, guesses, leading(statistics.output_moment, plan.latent_dim))
-    return fit_output(start, wide, tokens.hidden, routing, target, importance, tokens.weights)
+    router = _multiply(spec, plan, dropped.to(tokens.hidden.dtype), tokens)
+    parents = replace(divided(spec, plan.topk_factor), router=router)  # child c of expert e is number c * N + e
+    routing = router_forward(parents, tokens.seen)
+    children = plan.experts_factor * spec.num_experts
+    guesses = local_guesses(down, moment, tokens.hidden * tokens.weights, routing, children)
+    start = narrow_inputs(parents, down, guesses, plan.experts_factor)
+    return fit_output(start, parents, tokens.hidden, routing, target, importance, tokens.weights)
 
 
-def _multiply(spec: MoESpec, plan: BlockPlan, dropped: Tensor, tokens: _Tokens) -> MoESpec:
-    """The block with its experts multiplied, and its families told apart by what the down-projection drops."""
+def _multiply(spec: MoESpec, plan: BlockPlan, dropped: Tensor, tokens: _Tokens) -> RouterSpec:
+    """The router of the multiplied experts, its families told apart by what the down-projection drops."""
     a, b = plan.experts_factor, plan.topk_factor
     check_factors(spec, a, b)
-    copies = copy_experts(spec, a, b)
+    router = copy_router(spec, a, b)
     if a == b:
-        return condition(copies, spec.num_experts, dropped, tokens.seen, tokens.routing)
-    return separate_banks(copies, bank_directions(tokens.seen, dropped, a), b)
+        return condition(router, spec.num_experts, a, dropped, tokens.seen, tokens.routing)
+    return separate_banks(router, bank_directions(tokens.seen, dropped, a), b)
 
 
 @dataclass(frozen=True)
@@ -195,13 +202,15 @@ def input_sensitivity(spec: MoESpec, hidden: Tensor, routing: Routing, importanc
     generator = torch.Generator().manual_seed(seed)
     root = square_root(importance.to(hidden.device)).to(hidden.dtype)
     total = torch.zeros_like(root, dtype=torch.float64)
-    with torch.enable_grad():
-        x = hidden.detach().requires_grad_()
-        output = experts_forward(routed_only(spec.map_tensors(torch.detach)), x, routing)
-    for _ in range(DRAWS):
-        direction = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(hidden) @ root
-        product = torch.autograd.grad(output, x, direction, retain_graph=True)[0].double()
-        total += product.T @ product
+    block = routed_only(spec.map_tensors(torch.detach))
+    drawn = [torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(hidden) for _ in range(DRAWS)]
+    for rows in torch.arange(len(hidden), device=hidden.device).split(SENSITIVITY_AT_ONCE):
+        with torch.enable_grad():
+            x = hidden[rows].detach().requires_grad_()
+            output = experts_forward(block, x, Routing(routing.logits, routing.weights[rows], routing.indices[rows]))
+        for direction in drawn:
+            product = torch.autograd.grad(output, x, direction[rows] @ root, retain_graph=True)[0].double()
+            total += product.T @ product
     return total / (DRAWS * len(hidden))
 
 
@@ -231,18 +240,39 @@ def narrow(spec: MoESpec, down: Tensor, guesses: Iterable[Tensor], up: Tensor) -
     down [l, d] is the down-projection. Output biases keep their part in the span of `up`.
     """
     e = spec.experts
-    dtype, device = e.up.dtype, e.up.device
-    gate = None if e.gate is None else e.gate.new_empty(*e.gate.shape[:2], up.shape[1])
-    wide = e.up.new_empty(*e.up.shape[:2], up.shape[1])
+    start = narrow_inputs(spec, down, guesses)
     out = e.down.new_empty(len(e.down), up.shape[1], e.down.shape[2])
-    for expert, guess in zip(range(len(e.up)), guesses, strict=True):
-        wide[expert] = (e.up[expert].to(guess.dtype) @ guess).to(dtype)
-        out[expert] = (up.T @ e.down[expert].to(up.dtype)).to(dtype)
+    for expert in range(len(e.down)):
+        out[expert] = (up.T @ e.down[expert].to(up.dtype)).to(out.dtype)
+    bias = None if e.down_bias is None else (e.down_bias.to(up.dtype) @ up).to(out.dtype)
+    assert start.latent is not None
+    latent = replace(start.latent, up=up.to(start.latent.up))
+    return replace(start, experts=replace(start.experts, down=out, down_bias=bias), latent=latent)
+
+
+def narrow_inputs(spec: MoESpec, down: Tensor, guesses: Iterable[Tensor], copies: int = 1) -> MoESpec:
+    """The block with `copies` of its experts, gate and up times the `guesses` [d, l] of each; its outputs are zeros.
+
+    The router, which is that of the copies already, stays as it is. down [l, d] is the down-projection.
+    """
+    e, rank = spec.experts, len(down)
+    count = copies * len(e.up)
+    dtype, device = e.up.dtype, e.up.device
+    gate = None if e.gate is None else e.gate.new_empty(count, e.gate.shape[1], rank)
+    wide = e.up.new_empty(count, e.up.shape[1], rank)
+    for child, guess in zip(range(count), guesses, strict=True):
+        expert = child % len(e.up)
+        wide[child] = (e.up[expert].to(guess.dtype) @ guess).to(dtype)
         if gate is not None and e.gate is not None:
-            gate[expert] = (e.gate[expert].to(guess.dtype) @ guess).to(dtype)
-    bias = None if e.down_bias is None else (e.down_bias.to(up.dtype) @ up).to(dtype)
-    experts = replace(e, up=wide, gate=gate, down=out, down_bias=bias)
-    return replace(spec, experts=experts, latent=LatentSpec(down.to(device, dtype), up.to(device, dtype)))
+            gate[child] = (e.gate[expert].to(guess.dtype) @ guess).to(dtype)
+    zero = e.down.new_zeros(())
+    experts = replace(
+        e, up=wide, gate=gate, down=zero.expand(count, rank, e.down.shape[2]), num_identity=copies * e.num_identity,
+        gate_bias=None if e.gate_bias is None else e.gate_bias.repeat(copies, 1),
+        up_bias=None if e.up_bias is None else e.up_bias.repeat(copies, 1),
+        down_bias=None if e.down_bias is None else zero.expand(count, rank),
+    )  # fmt: skip
+    return replace(spec, experts=experts, latent=LatentSpec(down.to(device, dtype), zero.expand(down.T.shape)))
 
 
 def fit_output(
@@ -258,7 +288,8 @@ def fit_output(
 
     Args:
         start: the latent block.
-        full: the same experts with their outputs at width d, which the fit starts from.
+        full: the same experts with their outputs at width d, which the fit starts from; or fewer, when expert e of
+            `start` is a copy of the one at e modulo their number.
         hidden: [T, d].
         routing: of `start` on these tokens.
         target: [T, d] the routed output to reach.
@@ -268,10 +299,13 @@ def fit_output(
     phi = features(start, hidden, routing).scaled(weights)
     ridge = damping(phi)
     wide = fit(phi, target * weights, coefficients(full.experts.down, full.experts.down_bias), ridge)
-    up, narrow_coefficients = factorise(phi, wide, importance, start.latent_dim, ridge)
+    up, mix = factorise(phi, wide, importance, start.latent_dim, ridge)
+    del phi
     m = start.intermediate_size
-    down = narrow_coefficients[:, :m].transpose(1, 2).contiguous()
-    bias = None if start.experts.down_bias is None else narrow_coefficients[:, m].contiguous()
+    down = wide.new_empty(len(wide), mix.shape[1], m)
+    for expert, rows in enumerate(wide):
+        down[expert] = (rows[:m] @ mix).T
+    bias = None if start.experts.down_bias is None else wide[:, m] @ mix
     assert start.latent is not None
     experts = replace(start.experts, down=down, down_bias=bias)
     return replace(start, experts=experts, latent=replace(start.latent, up=up.contiguous()))
@@ -301,6 +335,10 @@ def _in_dtypes_of(start: MoESpec, spec: MoESpec) -> MoESpec:
     if start.router.groups is not None and spec.router.groups is None:
         dtypes["router.weight"] = torch.promote_types(spec.router.weight.dtype, torch.float32)
     names = {id(tensor): name for name, tensor in start.tensors().items()}
-    return start.map_tensors(
-        lambda tensor: tensor.to(dtypes.get(names[id(tensor)], spec.experts.up.dtype)).clone().contiguous()
-    )
+    given = {tensor.untyped_storage().data_ptr() for tensor in spec.tensors().values()}
+
+    def own(tensor: Tensor) -> Tensor:
+        made = tensor.to(dtypes.get(names[id(tensor)], spec.experts.up.dtype)).contiguous()
+        return made.clone() if made.untyped_storage().data_ptr() in given else made
+
+    return start.map_tensors(own)

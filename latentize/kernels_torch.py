@@ -13,6 +13,9 @@ from torch import Tensor
 
 from latentize.activations import Activation
 
+#: Bytes of intermediate values that are held at once, about; more tokens are computed in parts.
+AT_ONCE = 64 << 20
+
 
 class Experts(NamedTuple):
     """The tensors of N experts at width l: gate, up [N, m, l]; down [N, l, m]; biases [N, m], [N, m], [N, l]."""
@@ -79,17 +82,40 @@ def forward(
     hidden: Tensor, indices: Tensor, weights: Tensor, experts: Experts, activation: Activation, weights_on_input: bool
 ) -> Tensor:
     """Combined output [T, l] of the selected experts on hidden [T, l]; indices and weights are [T, k]."""
+    tokens = _tokens_at_once(indices, experts)
+    if len(indices) > tokens:
+        out = hidden.new_empty(hidden.shape)
+        for part, x, i, w in zip(*(t.split(tokens) for t in (out, hidden, indices, weights)), strict=True):
+            part.copy_(forward(x, i, w, experts, activation, weights_on_input))
+        return out
     dispatch = Dispatch.of(indices, len(experts.up))
     if not dispatch.hit:
         return hidden.new_zeros(hidden.shape)
-    x = hidden.index_select(0, dispatch.tokens)
     pair_weights = weights.reshape(-1).index_select(0, dispatch.pairs).unsqueeze(-1)
-    if weights_on_input:
-        x = x * pair_weights
+    y = _outputs(hidden, pair_weights if weights_on_input else None, experts, activation, dispatch)
+    return _combine(y if weights_on_input else y.mul_(pair_weights), dispatch, indices)
+
+
+def _tokens_at_once(indices: Tensor, experts: Experts) -> int:
+    """Tokens whose intermediate values, a few rows of each width for every pair, take about `AT_ONCE` bytes."""
+    _, m, latent = experts.up.shape
+    pair = (2 * latent + 3 * m) * experts.up.element_size()
+    return max(1, AT_ONCE // (pair * max(1, indices.shape[1])))
+
+
+def _outputs(
+    hidden: Tensor, input_weights: Tensor | None, experts: Experts, activation: Activation, dispatch: Dispatch
+) -> Tensor:
+    """Outputs [P, l] of the sorted pairs, before their weights; what led to them is freed on return."""
+    x = hidden.index_select(0, dispatch.tokens)
+    if input_weights is not None:
+        x *= input_weights
     gate = None if experts.gate is None else _linear(x, experts.gate, experts.gate_bias, dispatch)
-    activated = activation(gate, _linear(x, experts.up, experts.up_bias, dispatch))
-    y = _linear(activated, experts.down, experts.down_bias, dispatch)
-    return _combine(y if weights_on_input else y * pair_weights, dispatch, indices)
+    up = _linear(x, experts.up, experts.up_bias, dispatch)
+    del x
+    activated = activation(gate, up)
+    del gate, up
+    return _linear(activated, experts.down, experts.down_bias, dispatch)
 
 
 def backward(
@@ -106,6 +132,12 @@ def backward(
 
     `experts_grad` False leaves out the gradients of the experts' tensors.
     """
+    at_once = _tokens_at_once(indices, experts)
+    if len(indices) > at_once and not experts_grad:
+        given = zip(*(t.split(at_once) for t in (grad, hidden, indices, weights)), strict=True)
+        parts = [backward(g, x, i, w, experts, activation, weights_on_input, False) for g, x, i, w in given]
+        of_tokens = (torch.cat([part.hidden for part in parts]), torch.cat([part.weights for part in parts]))
+        return Gradients(*of_tokens, *parts[0][2:])
     dispatch = Dispatch.of(indices, len(experts.up))
     if not dispatch.hit:
         return _zero_gradients(hidden, weights, experts if experts_grad else None)

@@ -44,15 +44,16 @@ class Features:
         return self.columns[0].shape[1]
 
     def scaled(self, weights: Tensor) -> Features:
-        """diag(weights) Φ; weights [T, 1]."""
-        columns = [c * weights[t] for t, c in zip(self.tokens, self.columns, strict=True)]
-        return Features(self.tokens, columns, self.count)
+        """diag(weights) Φ, in place; weights [T, 1]."""
+        for token, column in zip(self.tokens, self.columns, strict=True):
+            column *= weights[token]
+        return self
 
     def times(self, coefficients: Tensor) -> Tensor:
-        """Φ B: [T, c] from B [N, f, c]."""
+        """Φ B: [T, c] from B [N, f, c], or fewer experts' [n, f, c] where expert e has what e mod n has."""
         product = coefficients.new_zeros(self.count, coefficients.shape[2])
         for expert, (token, column) in enumerate(zip(self.tokens, self.columns, strict=True)):
-            product.index_add_(0, token, column @ coefficients[expert])
+            product.index_add_(0, token, column @ coefficients[expert % len(coefficients)])
         return product
 
     def transposed_times(self, values: Tensor) -> Tensor:
@@ -125,17 +126,18 @@ def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
     Args:
         phi: the features; those of an expert without tokens are zero, so that its coefficients stay at `start`.
         target: [T, d].
-        start: [N, f, d].
+        start: [N, f, d], or [n, f, d] where expert e starts at start[e mod n].
         ridge: λ.
     """
-    experts, width, d = start.shape
+    experts, (width, d) = len(phi.columns), start.shape[1:]
     if experts * width > DENSE_FEATURES:
         return _expert_by_expert(phi, target, start, ridge)
     residual = phi.transposed_times(target - phi.times(start))
     normal = phi.gram()
     normal.diagonal().add_(ridge)
     change = torch.linalg.solve(normal, residual.reshape(-1, d).double())
-    fitted: Tensor = start + change.view(experts, width, d).to(start.dtype)
+    fitted = start.repeat(experts // len(start), 1, 1)
+    fitted += change.view(experts, width, d).to(start.dtype)
     return fitted
 
 
@@ -144,14 +146,14 @@ def _expert_by_expert(phi: Features, target: Tensor, start: Tensor, ridge: float
 
     Beside B it holds one expert's own f x f system and what is left of the target [T, d].
     """
-    fitted, left = start.clone(), target - phi.times(start)
+    fitted, left = start.repeat(len(phi.columns) // len(start), 1, 1), target - phi.times(start)
     for _ in range(SWEEPS):
         for expert, (token, column) in enumerate(zip(phi.tokens, phi.columns, strict=True)):
             if not len(token):
                 continue
             normal = (column.T @ column).double()
             normal.diagonal().add_(ridge)
-            gradient = column.T @ left[token] - ridge * (fitted[expert] - start[expert])
+            gradient = column.T @ left[token] - ridge * (fitted[expert] - start[expert % len(start)])
             change = torch.cholesky_solve(gradient.double(), torch.linalg.cholesky(normal)).to(fitted.dtype)
             fitted[expert] += change
             left.index_add_(0, token, column @ -change)
@@ -165,7 +167,7 @@ def coefficients(down: Tensor, down_bias: Tensor | None) -> Tensor:
 
 
 def factorise(phi: Features, fitted: Tensor, metric: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """U [d, rank] with orthonormal columns and the coefficients [N, f, rank] at that width.
+    """U [d, rank] with orthonormal columns, and V [d, rank] such that B V are the coefficients at that width.
 
     Together they keep most of the *predictions* Φ B, errors being measured by eᵀ M e: with R = M^½, the rank-l
     truncation of Φ B R keeps W, the leading eigenvectors of R Bᵀ(ΦᵀΦ + λ)B R, hence U = R⁻¹ W and coefficients B R W.
@@ -178,10 +180,12 @@ def factorise(phi: Features, fitted: Tensor, metric: Tensor, rank: int, ridge: f
         ridge: λ of the fit, so that outputs no token shows still have directions.
     """
     root = square_root(metric.to(fitted.device, torch.float64))
-    predicted, rows = phi.times(fitted).double(), fitted.flatten(0, 1).double()
-    basis = leading(root @ (predicted.T @ predicted + ridge * (rows.T @ rows)) @ root, rank)
+    predicted, gram = phi.times(fitted).double(), torch.zeros_like(root)
+    for rows in fitted:
+        gram += rows.double().T @ rows.double()
+    basis = leading(root @ (predicted.T @ predicted + ridge * gram) @ root, rank)
     up, mix = torch.linalg.qr(torch.linalg.solve(root, basis))
-    return up.to(fitted.dtype), fitted @ (root @ basis @ mix.T).to(fitted.dtype)
+    return up.to(fitted.dtype), (root @ basis @ mix.T).to(fitted.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:

@@ -36,41 +36,57 @@ def expand(spec: MoESpec, experts_factor: int, topk_factor: int) -> MoESpec:
     if a == 1:
         return spec
     copies = copy_experts(spec, a, b)
-    return copies if a == b else separate_banks(copies, _random_directions(spec.router.weight, a), b)
+    if a == b:
+        return copies
+    return replace(copies, router=separate_banks(copies.router, _random_directions(spec.router.weight, a), b))
 
 
 def copy_experts(spec: MoESpec, a: int, b: int) -> MoESpec:
     """a exact copies of every expert, each with 1/b of its parent's routing weight when b of a family are selected."""
-    share = _score_share(spec.router, a, b)
-    real = spec.num_experts
-    router = _copy_router(spec.router, real, a, b, share)
-    experts = map_experts(spec.experts, lambda t: torch.cat([t] * a))
-    if router.applies_to == "input":  # f(w x / b) is not f(w x) / b: full weights, outputs divided
-        down_bias = None if experts.down_bias is None else experts.down_bias / b
-        experts = replace(experts, down=experts.down / b, down_bias=down_bias)
-        router = replace(router, scale=router.scale * b, per_expert_scale=_divide_identities(router, a * real, b))
+    experts = map_experts(divided(spec, b).experts, lambda t: torch.cat([t] * a))
     experts = replace(experts, num_identity=a * spec.experts.num_identity)
-    return replace(spec, router=router, experts=experts)
+    return replace(spec, router=copy_router(spec, a, b), experts=experts)
 
 
-def separate_banks(spec: MoESpec, directions: Tensor, kept: int) -> MoESpec:
+def divided(spec: MoESpec, b: int) -> MoESpec:
+    """The experts of `copy_experts(spec, 1, b)`, under the router as it is: f(w x / b) is not f(w x) / b.
+
+    Where weights are on the input, copies get them whole and outputs are divided; elsewhere nothing changes.
+    """
+    e = spec.experts
+    if spec.router.applies_to != "input" or b == 1:
+        return spec
+    down_bias = None if e.down_bias is None else e.down_bias / b
+    return replace(spec, experts=replace(e, down=e.down / b, down_bias=down_bias))
+
+
+def copy_router(spec: MoESpec, a: int, b: int) -> RouterSpec:
+    """The router of `copy_experts(spec, a, b)`."""
+    router = _copy_router(spec.router, spec.num_experts, a, b, _score_share(spec.router, a, b))
+    if router.applies_to != "input":
+        return router
+    scales = _divide_identities(router, a * spec.num_experts, b)
+    return replace(router, scale=router.scale * b, per_expert_scale=scales)
+
+
+def separate_banks(router: RouterSpec, directions: Tensor, kept: int) -> RouterSpec:
     """Copies made into banks (bank c: every expert's child c), of which each token may use only the best `kept`.
 
     Args:
-        spec: an ungrouped block whose experts are a consecutive banks.
+        router: that of an ungrouped block whose experts are a consecutive banks.
         directions: [a, d] added to the router rows of each bank. The bank with the largest direction · x wins; a shift
             common to a bank does not reorder its experts. Not scaled here.
         kept: banks a token may use.
 
     Returns:
-        The block with its router weight in at least fp32, since a small direction does not survive rounding to bf16.
+        The router with its weight in at least fp32, since a small direction does not survive rounding to bf16.
     """
     a = len(directions)
-    weight = spec.router.weight
+    weight = router.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     shift = directions.to(weight.device, dtype).repeat_interleave(len(weight) // a, 0)
     groups = Groups(count=a, kept=kept, score="max")
-    return replace(spec, router=replace(spec.router, weight=weight.to(dtype) + shift, groups=groups))
+    return replace(router, weight=weight.to(dtype) + shift, groups=groups)
 
 
 def simplex(count: int, dtype: torch.dtype = torch.float64) -> Tensor:

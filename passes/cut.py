@@ -19,6 +19,7 @@ from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import sharing_copy
 from latentize.passes.scan import ModuleCall
+from latentize.passes.shaken import Shaken
 from latentize.passes.sites import GraphSite
 from latentize.passes.verify import Candidate, verify
 
@@ -33,13 +34,13 @@ class _Cut:
 
 
 def verify_cut(
-    candidate: Candidate, randomised: nn.Module, binding: Binding, inputs: Inputs
+    candidate: Candidate, shaken: Shaken, binding: Binding, inputs: Inputs
 ) -> tuple[tuple[Probe, ...], str]:
     """Compare a block of a graph with its canonical form on hidden states of every kind.
 
     Args:
         candidate: a graph site, and the module it is in.
-        randomised: copy of the module in fp64 with randomised weights.
+        shaken: copy of the module in fp64 with randomised weights.
         binding: the lift.
         inputs: the call that the module was seen with.
     """
@@ -53,7 +54,8 @@ def verify_cut(
     region = binding.region
     share = float(region.routed_rows().double().norm()) / max(float(region.output.tensor.double().norm()), 1e-300)
     alone = replace(candidate, module=cut.graph, site=cut.site, share=share, outputs=(0,), template=None)
-    return verify(alone, _cut(_graph(randomised, template), site).graph, Prober(call, flexible=False))
+    part = shaken.part(cut.graph, _cut(_graph(shaken.module, template), site).graph)
+    return verify(alone, part, Prober(call, flexible=False))
 
 
 def _graph(module: nn.Module, template: fx.GraphModule | None) -> fx.GraphModule:

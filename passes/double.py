@@ -21,9 +21,24 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next(found, torch.float32)
 
 
-def in_double(module: nn.Module) -> nn.Module:
-    """A copy of the module in fp64 and eval mode; dtypes written into captured graphs are widened too."""
-    return widen(evaluating(copy.deepcopy(module).double()))
+def in_double(module: nn.Module, known: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """A copy of the module in fp64 and eval mode; dtypes written into captured graphs are widened too.
+
+    Args:
+        module: what to copy.
+        known: fp64 tensors that the copy is to use in place of the module's own, by the ids of those.
+    """
+    memo: dict[int, Any] = dict(known or {})
+    for parameter in module.parameters():
+        if type(parameter) is nn.Parameter and parameter.is_floating_point() and id(parameter) not in memo:
+            wide = parameter.detach().to(torch.float64, copy=True)  # copied once, not first as it is
+            memo[id(parameter)] = nn.Parameter(wide, requires_grad=parameter.requires_grad)
+    return widen(evaluating(copy.deepcopy(module, memo).double()))
+
+
+def in_own_dtype(module: nn.Module) -> nn.Module:
+    """A copy of the module in eval mode that has its own buffers and reads the module's parameters."""
+    return evaluating(copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}))
 
 
 def widen(module: nn.Module) -> nn.Module:

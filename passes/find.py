@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from latentize import ops
 from latentize.blocks import Block
+from latentize.memory import release
 from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
 from latentize.passes.double import dtype_of
@@ -23,10 +24,11 @@ from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
 from latentize.passes.probes import MANY, Inputs, Prober
 from latentize.passes.scan import CLIMB, Scan, scan, untouched
+from latentize.passes.shaken import named_state
 from latentize.passes.sites import GraphSite, PartsSite, Site
 from latentize.passes.structure import find_structure, is_meta
 from latentize.passes.trace import CaptureError, quiet
-from latentize.passes.trial import Trial, lift_module, mixtures_in, named_state
+from latentize.passes.trial import Trial, lift_module, mixtures_in
 from latentize.passes.unreadable import unreadable
 from latentize.passes.verify import EMPTY, SEED, Candidate, run_double, verify
 from latentize.spec import MoESpec
@@ -163,7 +165,7 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
-        gc.collect()  # recordings are large, and their calls and values refer to each other
+        release()  # recordings are large, and their calls and values refer to each other
         reason = unreadable(module, path) if items and all(i.block.status == "refused" for i in items) else ""
         if reason:
             items = [Found(_refused(path or ".", reason))]
@@ -189,7 +191,7 @@ def _mixtures(seen: Scan, holder: str, inner: list[str]) -> Iterator[Found]:
         except Exception:  # a module that cannot be read
             _log.debug("analysing %r failed", path, exc_info=True)
             reasons = []
-        gc.collect()
+        release()
         yield from (Found(_refused(path or ".", reason)) for reason in dict.fromkeys(reasons))
         if reasons:
             return
@@ -232,9 +234,9 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         candidate = Candidate(module, site, spec, _share(binding), _outputs(binding), template)
         try:
             with quiet():
-                probes, reason = verify(candidate, item.randomised, prober)
+                probes, reason = verify(candidate, item.shaken, prober)
                 if not reason and isinstance(site, GraphSite) and prober.hidden is None:
-                    more, reason = verify_cut(candidate, item.randomised, binding, prober.seen())
+                    more, reason = verify_cut(candidate, item.shaken, binding, prober.seen())
                     probes += more
         except CaptureError as error:
             reasons.append(f"its router could not be captured as a graph ({error})")

@@ -23,10 +23,12 @@ from latentize.passes.leaves import Role, groupings, readings, sharded_readings,
 FITS = 1e-5
 #: Smallest pivot of the Gram matrix of a token's expert outputs, at unit length, above which its weights are unique.
 APART = 1e-8
+#: Tokens that tell most readings from the right one, and those of the rest that are looked at together.
+FEW, PART = 12, 64
 #: Activations that are tried together.
 TOGETHER = 16
-#: Bytes of gathered weights that one trial may hold.
-BUDGET = 256 << 20
+#: Bytes of weights up to which they are gathered for each pair of a token and an expert.
+GATHERED = 4 << 20
 #: Names of calls that betray an activation, tried first when they occur.
 _HINTS = {
     "silu": ("silu",), "gelu": ("gelu", "gelu_tanh"), "relu": ("relu", "relu_squared"), "sigmoid": ("silu", "sigmoid"),
@@ -249,9 +251,7 @@ def _try(
     """Every plausible activation of one reading with its residual; where it fits, the weights and which are clear."""
     tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
     first = tensors["up"]
-    per_pair = sum(t[0].numel() for t in tensors.values()) * 8
-    few = max(2, min(12, len(sample.hidden), BUDGET // max(1, per_pair * sample.indices.shape[1])))
-    chosen = torch.linspace(0, len(sample.hidden) - 1, few).long()
+    chosen = torch.linspace(0, len(sample.hidden) - 1, min(FEW, len(sample.hidden))).long()
     small = Sample(
         sample.hidden[chosen], sample.output[chosen], sample.indices[chosen],
         None if sample.weights is None else sample.weights[chosen],
@@ -263,17 +263,17 @@ def _try(
         outputs = _outputs(tensors, torch.stack([a(gate, up) for a in batch]), small, experts)
         for activation, found in zip(batch, _residuals(outputs, small), strict=True):
             if found < FITS:
-                yield activation, *_weights(tensors, activation, sample, few, experts)
+                yield activation, *_weights(tensors, activation, sample, experts)
             else:
                 yield activation, found, first.new_zeros(0), first.new_zeros(0)
 
 
 def _weights(
-    tensors: dict[str, Tensor], activation: Activation, sample: Sample, few: int, experts: int
+    tensors: dict[str, Tensor], activation: Activation, sample: Sample, experts: int
 ) -> tuple[float, Tensor, Tensor]:
-    """The residual over all tokens, `few` at a time, with the weights and of which tokens they are the only ones."""
+    """The residual over all tokens, with the weights and of which tokens they are the only ones."""
     found = []
-    for part in torch.arange(len(sample.hidden)).split(few):
+    for part in torch.arange(len(sample.hidden)).split(PART):
         piece = Sample(
             sample.hidden[part], sample.output[part], sample.indices[part],
             None if sample.weights is None else sample.weights[part],
@@ -312,12 +312,23 @@ def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) ->
     def linear(name: str) -> Tensor | None:
         if name not in tensors:
             return None
-        out = torch.einsum("tkmh,tkh->tkm", tensors[name][index], x)
+        out = _times(tensors[name], index, x)
         return out + tensors[f"{name}_bias"][index] if f"{name}_bias" in tensors else out
 
     up = linear("up")
     assert up is not None
     return linear("gate"), up
+
+
+def _times(weights: Tensor, index: Tensor, x: Tensor) -> Tensor:
+    """weights[index] x [..., T, k, out] of weights [N, out, in], index [T, k] and x [..., T, k, in]."""
+    if index.numel() * weights[0].numel() * weights.element_size() <= GATHERED:
+        return torch.einsum("tkoi,...tki->...tko", weights[index], x)
+    out = x.new_empty(*x.shape[:-1], weights.shape[1])
+    for expert in index.unique().tolist():
+        pairs = index == expert
+        out[..., pairs, :] = x[..., pairs, :] @ weights[expert].T
+    return out
 
 
 def _outputs(tensors: dict[str, Tensor], active: Tensor, sample: Sample, experts: int) -> Tensor:
@@ -326,7 +337,7 @@ def _outputs(tensors: dict[str, Tensor], active: Tensor, sample: Sample, experts
     Identity experts return the hidden states.
     """
     index = sample.indices.clamp(max=experts - 1)
-    out = torch.einsum("tkhm,...tkm->...tkh", tensors["down"][index], active)
+    out = _times(tensors["down"], index, active)
     if "down_bias" in tensors:
         out = out + tensors["down_bias"][index]
     identity = (sample.indices >= experts).unsqueeze(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -49,7 +48,9 @@ def graph_site(
     """
     if template is None:
         assert isinstance(randomised, fx.GraphModule)
-        captured = copy.deepcopy(randomised)
+        copied = sharing_copy(randomised)
+        assert isinstance(copied, fx.GraphModule)
+        captured = copied
     else:
         captured = trace.bound(template, randomised)
     assumed = assumptions(captured.graph) if experts else []

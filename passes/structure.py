@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 from latentize.blocks import Block
 from latentize.passes.probes import Prober
 from latentize.passes.scan import CLIMB, ModuleCall, Scan, scan
-from latentize.passes.trial import SEED, lift_module, mixtures_in, named_state
+from latentize.passes.shaken import named_state
+from latentize.passes.trial import SEED, lift_module, mixtures_in
 
 
 def is_meta(model: nn.Module) -> bool:

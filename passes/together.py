@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -14,6 +15,7 @@ from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
 from latentize.passes.sites import Site
 from latentize.passes.verify import difference, run_double, run_native
+from latentize.passes.widened import Widened
 from latentize.spec import MoESpec
 
 _log = logging.getLogger(__name__)
@@ -53,10 +55,12 @@ def disagreement(
         whole = replace_at(model, places, blocks, templates=templates)
         error = _worst(model, whole, [inputs], [] if exact else others, run_native)
         if exact and error <= TOGETHER:
-            double = in_double(model)
-            wide = {name: LatentMoE(block.spec.to(torch.float64)) for name, block in blocks.items()}
-            whole = replace_at(double, places, wide, templates=templates)
-            error = _worst(double, whole, [inputs], others, run_double)
+            error = _apart_as_stored(model, whole, inputs, others)
+            if not error <= TOGETHER_DOUBLE:
+                double = in_double(model)
+                wide = {name: LatentMoE(block.spec.to(torch.float64)) for name, block in blocks.items()}
+                whole = replace_at(double, places, wide, templates=templates)
+                error = _worst(double, whole, [inputs], others, run_double)
     except Exception as failure:  # a captured graph may hold for some sizes only
         _log.debug("running the model in canonical form failed", exc_info=True)
         line = (str(failure).strip().splitlines() or [""])[0]
@@ -64,6 +68,16 @@ def disagreement(
     if error <= (TOGETHER_DOUBLE if exact else TOGETHER * half):
         return ""
     return f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"
+
+
+def _apart_as_stored(one: nn.Module, other: nn.Module, inputs: Inputs, others: list[Inputs]) -> float:
+    """`_worst` in fp64 of models whose weights are widened as they are read; infinite where they do not run so."""
+    widened = Widened()
+    try:
+        return _worst(widened.copy(one), widened.copy(other), [inputs], others, run_double)
+    except Exception:  # then on copies in fp64
+        _log.debug("running the model on weights as they are stored failed", exc_info=True)
+        return math.inf
 
 
 def _worst(

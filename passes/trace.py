@@ -122,10 +122,14 @@ class _Values(fx.Interpreter):
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph, garbage_collect_values=False)
         self.seen: dict[fx.Node, Any] = {}
+        self.parameters = {p.untyped_storage()._cdata for p in graph.parameters()}  # nothing writes to these
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        self.seen[n] = result.detach().clone() if isinstance(result, Tensor) else result
+        self.seen[n] = result
+        if isinstance(result, Tensor):
+            alike = result.untyped_storage()._cdata in self.parameters
+            self.seen[n] = result.detach() if alike else result.detach().clone()
         return result
 
 

@@ -23,6 +23,7 @@ from latentize.passes.mixtures import find_mixtures
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.roll import roll
 from latentize.passes.scan import holds_experts
+from latentize.passes.shaken import Shaken, named_state
 from latentize.passes.verify import run_double
 
 #: Tokens of the run that a lift is made on.
@@ -40,8 +41,13 @@ class Trial:
 
     binding: Binding
     recording: Recording
-    randomised: nn.Module
+    shaken: Shaken
     inputs: Inputs
+
+    @property
+    def randomised(self) -> nn.Module:
+        """The copy that the lift was made on."""
+        return self.shaken.module
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,8 @@ class Lifts:
 
 def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> Lifts:
     """Lift the MoEs of one module whose selection happens in the submodule `innermost` (None: anywhere)."""
-    double = in_double(module)
-    first = _record(double, prober.seen())
+    shaken = Shaken.of(module)
+    first = _record(shaken.module, prober.seen())
     heads, notes = _heads(first, innermost)
     if not heads:
         asked = [c for c in selections(first) if innermost is None or _path(first, c) == innermost]
@@ -65,12 +71,14 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> Lif
     noise = [c for c in first.random_calls() if not _without_dropout(c)]
     if noise:
         return Lifts([], [f"it draws random numbers in evaluation ({noise[0].name})"])
-    randomise(double, _names(heads), SEED)
-    attempts = list(_attempts(prober, heads[0], double))
-    found, reasons, idle = _lift(double, attempts, innermost)
+    shaken.randomise(_names(heads), SEED)
+    attempts = list(_attempts(prober, heads[0], shaken.module))
+    biases = _biases(heads)
+    del first, heads  # what was recorded
+    found, reasons, idle = _lift(shaken, attempts, innermost)
     if not found and idle:
-        _quieten(double, heads)
-        found, reasons, _ = _lift(double, attempts[-1:], innermost)
+        shaken.shrink(biases, 0.1)  # so that every expert is selected by some token
+        found, reasons, _ = _lift(shaken, attempts[-1:], innermost)
     return Lifts(found, [] if found else reasons)
 
 
@@ -89,8 +97,9 @@ def mixtures_in(module: nn.Module, prober: Prober, inner: Collection[str]) -> li
     return find_mixtures(recording, lambda c: _path(recording, c) in inner, lambda n: holds_experts(module, n))
 
 
-def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> tuple[list[Trial], list[str], bool]:
+def _lift(shaken: Shaken, attempts: list[Inputs], innermost: str | None) -> tuple[list[Trial], list[str], bool]:
     """What the first inputs that allow it lift, or the reasons that the last ones gave; whether experts were idle."""
+    module = shaken.module
     reasons: list[str] = []
     idle = False
     for number, given in enumerate(attempts, start=1):
@@ -119,7 +128,7 @@ def _lift(module: nn.Module, attempts: list[Inputs], innermost: str | None) -> t
                     open_heads = True
                     idle = idle or has_idle_experts(head)
             else:
-                found.append(Trial(lifted.binding, recording, module, inputs))
+                found.append(Trial(lifted.binding, recording, shaken, inputs))
         if partial:  # experts that no token selected are known where one tensor holds them all
             found = [t for t in found if t.binding.experts.num_experts == t.binding.region.head.num_experts]
         if found or not (idle or (partial and open_heads)):
@@ -171,15 +180,11 @@ def _most_uses(heads: list[Head]) -> int:
     return max(Counter(weights).values(), default=0)
 
 
-@torch.no_grad()
-def _quieten(module: nn.Module, heads: list[Head]) -> None:
-    """Shrink the biases of routers, in place, so that every expert is selected by some token."""
+def _biases(heads: list[Head]) -> set[str]:
+    """State-dict names of the biases of routers."""
     vectors = [head.projection.bias for head in heads]
     vectors += [leaf.value for head in heads for region in regions(head) for leaf in region.routing_leaves]
-    names = {name for vector in vectors for name in _sources(vector)}
-    for name, tensor in named_state(module):
-        if name in names and tensor.is_floating_point():
-            tensor.mul_(0.1)
+    return {name for vector in vectors for name in _sources(vector)}
 
 
 def _record(module: nn.Module, inputs: Inputs) -> Recording:
@@ -253,25 +258,3 @@ def _names(heads: list[Head]) -> set[str]:
 
 def _sources(value: Value | None) -> set[str]:
     return set() if value is None else {v.source for v in graph.ancestors([value]) if v.source}
-
-
-def named_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers by name, tied ones under each of their names."""
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-@torch.no_grad()
-def randomise(module: nn.Module, which: set[str], seed: int) -> None:
-    """Add noise to the named tensors, in place, so that terms that happen to vanish show."""
-    generator = torch.Generator().manual_seed(seed)
-    done: set[int] = set()
-    for name, tensor in named_state(module):
-        if name not in which or id(tensor) in done or not tensor.is_floating_point():
-            continue
-        done.add(id(tensor))
-        size = float(tensor.double().square().mean().sqrt())
-        floor = tensor.shape[-1] ** -0.5 if tensor.dim() >= 2 else 0.1
-        scale = size if size > 1e-2 * floor else floor
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
-        tensor.add_((0.5 * scale * noise).to(tensor))

@@ -6,21 +6,22 @@ are and doubled, and in the model's own dtype against the original's own roundin
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from latentize import rescale
 from latentize.blocks import Probe
 from latentize.moe import LatentMoE, Router
-from latentize.passes.double import dtype_of, evaluating, in_double, in_fp64
+from latentize.passes.double import dtype_of, in_fp64, in_own_dtype
 from latentize.passes.probes import Inputs, Prober
 from latentize.passes.rewrite import replace_at
+from latentize.passes.shaken import Shaken
+from latentize.passes.siblings import multiplied
 from latentize.passes.sites import Site
 from latentize.spec import MoESpec
 from latentize.ties import TIE, margin
@@ -43,36 +44,55 @@ class Candidate:
     template: fx.GraphModule | None = None  # the module's graph, for a graph site
 
 
-def verify(candidate: Candidate, randomised: nn.Module, prober: Prober) -> tuple[tuple[Probe, ...], str]:
+def verify(candidate: Candidate, shaken: Shaken, prober: Prober) -> tuple[tuple[Probe, ...], str]:
     """Compare original and canonical form.
 
     Args:
         candidate: what is to be proved.
-        randomised: copy of the module in fp64 with randomised weights.
+        shaken: copy of the module in fp64 with randomised weights.
         prober: makes the inputs.
 
     Returns:
         The probes, and "" or the reason why the proof failed.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        truth = in_double(candidate.module)
-        native = evaluating(copy.deepcopy(candidate.module))
-        probes: list[Probe] = []
-        inputs = [i for i in prober.proofs(SEED) if not i.optional or _takes(truth, i)]
-        extremes = [i for i in prober.extremes(SEED) if not i.optional or _takes(truth, i)]
-        for label, base, factor in (
-            ("", truth, 1),
-            ("randomised weights, ", randomised, 1),
-            ("N and k doubled, ", randomised, 2),
-        ):
-            given = inputs if factor > 1 else [*inputs, *extremes]
-            found, reason = _compare(candidate, base, base, given, label, factor)
-            probes += found
+        with shaken.trained() as truth:
+            inputs = [i for i in prober.proofs(SEED) if not i.optional or _takes(truth, i)]
+            extremes = [i for i in prober.extremes(SEED) if not i.optional or _takes(truth, i)]
+            cases, known = itertools.tee(_in_double(truth, [*inputs, *extremes]))
+            found, reason = _compare(candidate, truth, cases, "", 1)
+        probes = list(found)
+        for label, factor in (("randomised weights, ", 1), ("N and k doubled, ", 2)):
             if reason:
                 return tuple(probes), reason
-        found, reason = _compare(candidate, native, truth, inputs, "own dtype, ", 1)
-        reason = reason or _skips_empty_tokens(candidate, randomised, prober)
+            given = inputs if factor > 1 else [*inputs, *extremes]
+            cases = _in_double(shaken.module, given)
+            found, reason = _compare(candidate, shaken.module, cases, label, factor)
+            probes += found
+        if reason:
+            return tuple(probes), reason
+        native = in_own_dtype(candidate.module)
+        cases = _in_own_dtype(native, itertools.islice(known, len(inputs)))
+        found, reason = _compare(candidate, native, cases, "own dtype, ", 1)
+        reason = reason or _skips_empty_tokens(candidate, shaken.module, prober)
         return (*probes, *found), reason
+
+
+#: Inputs, the outputs to expect of them, and those of the module that is compared, which may be the same.
+_Case = tuple[Inputs, list[Tensor], list[Tensor]]
+
+
+def _in_double(module: nn.Module, given: Iterable[Inputs]) -> Iterator[_Case]:
+    """Cases of a module that is in fp64 itself."""
+    for inputs in given:
+        outputs = _run(module, inputs, torch.float64)
+        yield inputs, outputs, outputs
+
+
+def _in_own_dtype(module: nn.Module, known: Iterable[_Case]) -> Iterator[_Case]:
+    """The same cases for a module in its own dtype; what it is given stays as it is."""
+    for inputs, expected, _ in known:
+        yield inputs, expected, _run(module, inputs, None)
 
 
 def _takes(module: nn.Module, inputs: Inputs) -> bool:
@@ -85,22 +105,18 @@ def _takes(module: nn.Module, inputs: Inputs) -> bool:
 
 
 def _compare(
-    candidate: Candidate, subject: nn.Module, truth: nn.Module, inputs: list[Inputs], label: str, factor: int
+    candidate: Candidate, subject: nn.Module, cases: Iterable[_Case], label: str, factor: int
 ) -> tuple[list[Probe], str]:
-    spec = candidate.spec(subject)
-    canonical = LatentMoE(rescale.expand(spec, factor, factor) if factor > 1 else spec)
+    canonical = multiplied(candidate.spec(subject), factor)
     templates = {} if candidate.template is None else {"": candidate.template}
     rewritten = replace_at(subject, {"": candidate.site}, {"": canonical}, templates=templates)
     dtype = dtype_of(subject)
-    given = torch.float64 if subject is truth else None  # what a run in its own dtype is given stays as it is
     narrowest = min((p.dtype for p in subject.parameters() if p.is_floating_point()), key=_bits, default=dtype)
     probes: list[Probe] = []
-    for probe in inputs:
-        expected = _run(truth, probe, torch.float64)
-        own = expected if subject is truth else _run(subject, probe, given)
+    for probe, expected, own in cases:
         margins, handle = _margins(canonical.router)
         try:
-            ours = _run(rewritten, probe, given)
+            ours = _run(rewritten, probe, torch.float64 if own is expected else None)
         except (RuntimeError, IndexError, ValueError) as failure:  # a captured graph may hold for some shapes only
             line = (str(failure).strip().splitlines() or [""])[0]
             return probes, f"rewritten, it does not run on {label}{probe.name} ({type(failure).__name__}: {line})"
@@ -116,7 +132,7 @@ def _compare(
         error, own_error, tied, tokens = 0.0, 0.0, 0, 0 if kept is None else len(kept)
         for position, (a, b, o) in enumerate(zip(ours, expected, own, strict=True)):
             if position in candidate.outputs:
-                a, b, o = _where_finite(a, b, o) if subject is not truth else (a, b, o)
+                a, b, o = _where_finite(a, b, o) if own is not expected else (a, b, o)
                 one, dropped = _relative(a, b, kept, candidate.share)
                 two, _ = _relative(o, b, kept, candidate.share)
                 error, own_error, tied = max(error, one), max(own_error, two), max(tied, dropped)

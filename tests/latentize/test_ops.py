@@ -109,6 +109,26 @@ def test_all_tokens_to_one_expert_and_none_to_the_others(kernels):
         assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("on_input", [False, True])
+def test_many_tokens_are_computed_in_parts(monkeypatch, on_input):
+    c = call(50, absent=2)
+    leaves = [c.hidden.requires_grad_(), c.weights.requires_grad_()]  # no gradients of the experts
+
+    def found():
+        output = run(c, Activation("silu"), on_input)
+        return [output.detach(), *torch.autograd.grad(output.square().sum(), leaves)]
+
+    monkeypatch.setattr(kernels_native, "serves", lambda *_: False)
+    monkeypatch.setattr(kernels_native, "serves_backward", lambda *_: False)
+    whole, sizes, of = found(), [], kernels_torch.Dispatch.of
+    monkeypatch.setattr(kernels_torch.Dispatch, "of", lambda indices, n: sizes.append(len(indices)) or of(indices, n))
+    monkeypatch.setattr(kernels_torch, "AT_ONCE", 1 << 14)
+    for ours, theirs in zip(found(), whole, strict=True):
+        assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    assert max(sizes) < 50
+    assert sum(sizes) == 100  # forward and backward
+
+
 def test_every_expert_selected(kernels):
     c = call(6, 5, 5, absent=0)
     assert_close(run(c), reference(c))

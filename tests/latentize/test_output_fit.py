@@ -109,10 +109,10 @@ def test_the_factors_are_the_best_of_their_rank_in_the_metric() -> None:
     b = random(N, M, D, seed=9)
     half = random(D, D, seed=10)
     metric = half @ half.T + 0.1 * torch.eye(D, dtype=torch.float64)
-    up, narrow = factorise(phi, b, metric, 4, 0.0)
+    up, mix = factorise(phi, b, metric, 4, 0.0)
     torch.testing.assert_close(up.T @ up, torch.eye(4, dtype=torch.float64))
     root = torch.linalg.cholesky(metric)
-    lost = (phi.times(b) - phi.times(narrow) @ up.T) @ root
+    lost = (phi.times(b) - phi.times(b @ mix) @ up.T) @ root
     best = torch.linalg.svdvals(phi.times(b) @ root)[4:].square().sum()  # Eckart-Young
     torch.testing.assert_close(lost.square().sum(), best)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from latentize.activations import Activation
-from latentize.passes.double import in_double
 from latentize.passes.probes import Prober
 from latentize.passes.scan import ModuleCall
+from latentize.passes.shaken import Shaken
 from latentize.passes.sites import Argument, Output, Structure, WholeSite
 from latentize.passes.verify import Candidate, _agrees, _relative, verify
 from latentize.reference import moe_forward
@@ -62,7 +62,7 @@ def proof(change: Callable[[MoESpec], MoESpec], applies_to: str = "output") -> s
     module = Original(applies_to).eval()
     hidden = torch.randn(2, 12, HIDDEN, generator=torch.Generator().manual_seed(1))
     candidate = Candidate(module, SITE, lambda of: change(of.spec()), 1.0, (0,))  # type: ignore[operator]
-    return verify(candidate, in_double(module), Prober(ModuleCall("", module, (hidden,), {})))[1]
+    return verify(candidate, Shaken.of(module), Prober(ModuleCall("", module, (hidden,), {})))[1]
 
 
 def router(**fields: object) -> Callable[[MoESpec], MoESpec]:
