@@ -182,11 +182,14 @@ class Job:
             value = (value * 1_000_003 + part + 1) % (2**63 - 1)
         return torch.Generator().manual_seed(value)
 
-    def reading(self, batch: Batch, *key: int) -> AbstractContextManager[Text]:
-        """Spliced text in both models for one step, the same whenever it is asked for; not where there is padding."""
+    def reading(self, batch: Batch, *key: int, spliced: bool = True) -> AbstractContextManager[Text]:
+        """What both models read in one step, spliced or as it is: the same whenever it is asked for.
+
+        Where there is padding nothing is spliced, and no text is found.
+        """
         if padded(batch):
             return nullcontext(Text())
-        return reading(self.embeddings, lambda: self.generator(2, *key))
+        return reading(self.embeddings, (lambda: self.generator(2, *key)) if spliced else None)
 
     def measure(self) -> tuple[float, int]:
         """Held-out loss, and the number of experts below the least load there."""

@@ -2,7 +2,7 @@
 
 The second part gives the earlier blocks a gradient that has not passed through all the later ones; in few steps it
 brings the output closer than the output's own distance does alone. Its weight falls to zero: what counts is the output.
-Near the goal the text is a small part of the target too (`latentize.heal_text`).
+Near the goal the text is a small part of the target too (`latentize.heal_text`), and the last steps read it unspliced.
 """
 
 from __future__ import annotations
@@ -50,10 +50,11 @@ def heal_model(job: Job, state: State) -> None:
     optimizer = job.optimizer(rate, state.optimizer)
     while state.model_steps < plan.model_steps and not state.early_stopped:
         losses, trouble = [], ""
+        spliced = not near or state.model_steps < plan.spliced * plan.model_steps
         batch = job.train_batch(state.model_steps)
         for number, piece in enumerate(pieces_of(batch, pieces)):
             share = cosine(state.model_steps + number / pieces, plan.model_steps, plan.warmup)
-            with job.reading(piece, state.model_steps, number) as text:
+            with job.reading(piece, state.model_steps, number, spliced=spliced) as text:
                 found = _gradients(job, state, piece, text if near else Text())
             if found is None:
                 continue

@@ -19,7 +19,8 @@ class HealPlan:
     weights are kept. After `patience` measurements in a row without gain the rate falls, and then the stage ends early.
     An expert below `min_load` of the mean load is pushed above it. End to end, the relative squared error of what
     reaches each block is added to the loss with the weight `match_inputs`, which falls to zero over the steps.
-    Near the goal, where the original predicts text, the token that really follows has the weight `text` in the target.
+    Near the goal, where the original predicts text, the token that really follows has the weight `text` in the target,
+    and only the first `spliced` share of the end-to-end steps reads spliced text: then it is read as it was given.
     `activation_bytes` bounds the teacher activations kept at once.
     """
 
@@ -38,6 +39,7 @@ class HealPlan:
     min_load: float = 0.1
     match_inputs: float = 4.0
     text: float = 0.1
+    spliced: float = 0.6
     activation_bytes: int = 256 * 2**20
     save_seconds: float = 30.0
 

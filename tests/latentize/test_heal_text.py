@@ -111,3 +111,20 @@ def test_near_the_goal_the_student_comes_closer_to_the_text_and_still_to_the_tea
 
 def test_far_from_the_goal_the_teacher_alone_is_the_target():
     assert healed(0.2, noise=3.0)[1] == healed(0.0, noise=3.0)[1]
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.3, 5), (3.0, 8)])
+def test_near_the_goal_the_last_steps_read_the_text_as_it_is(noise: float, expected: int):
+    teacher, student = Text(block(0.0)), Text(block(noise))
+    batches = [(counting(4, 24).roll(i, 0),) for i in range(10)]
+    given = {tuple(row.tolist()) for (ids,) in batches for row in ids}
+    read: list[bool] = []
+
+    def listen(_module: nn.Module, args: tuple[Tensor], _output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            read.append(any(tuple(row.tolist()) not in given for row in args[0]))
+
+    student.counts.tokens.register_forward_hook(listen)
+    plan = HealPlan(block_steps=0, model_steps=8, pieces=1, held_out=0.2)
+    heal(student, teacher, {"b": student.block}, {"b": teacher.block}, batches, steps=plan, seed=0)
+    assert read == [True] * expected + [False] * (8 - expected)
