@@ -53,12 +53,15 @@ def main() -> int:
         print(f"gpu-check: no check {sorted(unknown)[0]!r}: expected {', '.join(known)}", file=sys.stderr)
         return 2
     checks = []
-    os.environ.setdefault("LATENTIZE_TUNE", "0")  # for checks of many small shapes; times are taken tuned
+    tuning = os.environ.get("LATENTIZE_TUNE")
+    os.environ["LATENTIZE_TUNE"] = "0"  # for checks of many small shapes; times are taken tuned unless told otherwise
     names = list(known) if chosen.only is None else chosen.only
     for outcome in outcomes(where, {name: known[name] for name in names}):
         print(f"{outcome['outcome']:>7}  {outcome['check']}: {outcome['found']}", flush=True)
         checks.append(outcome)
     del os.environ["LATENTIZE_TUNE"]
+    if tuning is not None:
+        os.environ["LATENTIZE_TUNE"] = tuning
     record: dict[str, Any] = {
         "device": device_name(where.device), "commit": chosen.commit or commit(), "checks": checks, "times": [],
     }  # fmt: skip
@@ -224,6 +227,8 @@ def keep(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / f"{name}.json"
     old = json.loads(path.read_text()) if path.exists() else {}
     versions = {"triton": triton.__version__, "cuda": torch.version.cuda}
+    for row in (*record["checks"], *record["times"]):
+        row["commit"] = record["commit"]
     merged = {
         **old, **record,
         "checks": merge(old.get("checks", []), record["checks"], ("check",)),

@@ -173,6 +173,20 @@ def check_routing(where: Where) -> str:
     return f"{routed} tokens, largest relative error of the weights {worst:.1e}"
 
 
+def check_logits(where: Where) -> str:
+    """The router's logits from hidden states of every dtype, in fp32, against fp64."""
+    worst = 0.0
+    for dtype in where.dtypes:
+        module, x = block(where, dtype).router, torch.randn(17, 48, device=where.device).to(dtype)
+        with torch.no_grad():
+            found = module.logits(x)
+        assert found.dtype == torch.float32, f"{dtype}: the logits are {found.dtype}"
+        assert module.weight is not None
+        worst = max(worst, error(found, x.double() @ module.weight.double().T))
+    assert worst < 1e-6, f"logits differ by {worst:.1e}"
+    return f"{len(where.dtypes)} dtypes, largest relative error {worst:.1e}"
+
+
 def check_determinism(where: Where) -> str:
     """The same bits again, and from several threads at once."""
     from concurrent.futures import ThreadPoolExecutor
@@ -217,15 +231,18 @@ def block(where: Where, dtype: torch.dtype, seed: int = 0) -> LatentMoE:
 
 
 def check_compile(where: Where) -> str:
-    """torch.compile without a graph break."""
-    module = block(where, where.dtypes[0])
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager" if where.quick else "inductor", dynamic=True)
+    """torch.compile without a graph break, in every dtype."""
     worst = 0.0
-    for tokens in (5, 2, 1):
-        x = torch.randn(tokens, 48, device=where.device, dtype=where.dtypes[0])
-        worst = max(worst, error(compiled(x), module(x).double()))
-    assert worst < TOLERANCE[where.dtypes[0]], f"compiled and eager differ by {worst:.1e}"
-    return f"compiled against eager: {worst:.1e}"
+    for dtype in where.dtypes:
+        module = block(where, dtype)
+        backend = "aot_eager" if where.quick else "inductor"
+        compiled = torch.compile(module, fullgraph=True, backend=backend, dynamic=True)
+        for tokens in (5, 2, 1):
+            x = torch.randn(tokens, 48, device=where.device, dtype=dtype)
+            found = error(compiled(x), module(x).double())
+            assert found < TOLERANCE[dtype], f"{dtype}: compiled and eager differ by {found:.1e}"
+            worst = max(worst, found / TOLERANCE[dtype])
+    return f"{len(where.dtypes)} dtypes, compiled against eager: {worst:.2f} of the tolerance"
 
 
 def check_cuda_graph(where: Where) -> str:
@@ -275,6 +292,7 @@ CHECKS: dict[str, Callable[[Where], str]] = {  # in the order of their running
     "forms": check_forms,
     "sizes": check_sizes,
     "routing": check_routing,
+    "router's logits": check_logits,
     "determinism": check_determinism,
     "gradients": check_gradients,
     "compile": check_compile,

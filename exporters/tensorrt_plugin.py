@@ -104,9 +104,11 @@ class _Memory:
 def _most_workspace(problem: Problem, most: int) -> int:
     """The most that a number of tokens up to `most` takes: fewer tokens may be cut into more parts.
 
-    From `SETTLED` tokens on nothing is split any more, and only the few bytes for each block depend on the cut.
+    From `SETTLED` tokens on nothing is split any more, and only the few bytes for each block and the counts of each
+    chunk depend on the cut. Chunks double past powers of two of pairs, so that their number is largest at one.
     """
-    counted = {*range(1, min(most, SETTLED) + 1), most} - {0}
+    fullest = {2**power // problem.top_k for power in range(1, (most * problem.top_k).bit_length())}
+    counted = ({*range(1, min(most, SETTLED) + 1), most} | {t for t in fullest if t <= most}) - {0}
     blocks = 3 * _aligned(4 * block_count(problem, most * problem.top_k, 16))
     return blocks + max((_workspace_bytes(problem, tokens) for tokens in counted), default=0)
 

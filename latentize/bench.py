@@ -88,28 +88,33 @@ def latency(callables: Mapping[str, Callable[[], Any]], repeats: int = 30, warmu
 
 
 def bench_models(
-    original: nn.Module,
-    rewritten: nn.Module,
+    models: Mapping[str, nn.Module],
     make_inputs: MakeInputs,
     tokens: Sequence[int] = TOKENS,
     repeats: int = 30,
     warmup: int = 5,
+    *,
     backend: str = "torch",
+    note: str = "",
 ) -> tuple[Latency, ...]:
-    """Latency of both models in PyTorch at each number of tokens, in eval mode; the models are left as found.
+    """Latency in PyTorch at each number of tokens, in eval mode; the models are left as found.
 
-    The rows name `backend`.
+    Args:
+        models: "original" and "rewritten" -> model; `note` says why one is missing.
+        make_inputs: see `MakeInputs`.
+        tokens, repeats, warmup: as for `latency`.
+        backend: what the rows name.
+        note: what they note.
     """
-    models = {"original": original, "rewritten": rewritten}
     rows = []
-    with observing(original, rewritten):
+    with observing(*models.values()):
         for count in tokens:
             inputs = make_inputs(count)
             if isinstance(inputs, str):
                 rows.append(Latency.of(backend, count, {}, inputs))
                 continue
             calls = {name: _torch_call(model, inputs) for name, model in models.items()}
-            rows.append(Latency.of(backend, count, latency(calls, repeats, warmup)))
+            rows.append(Latency.of(backend, count, latency(calls, repeats, warmup), note))
     return tuple(rows)
 
 

@@ -37,12 +37,16 @@ from latentize.kernels_triton_steps import (
 )
 
 _log = logging.getLogger(__name__)
+#: Experts up to which a program of the sort holds a count for each.
+MOST_EXPERTS = 1 << 14
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(hidden: Tensor, experts: Experts) -> bool:
     """Whether these kernels can take the tensors as they are: on CUDA, rows contiguous, Triton at hand and working."""
     if hidden.dtype not in _DTYPES or not all(t is None or _rows_contiguous(t) for t in experts):
+        return False
+    if len(experts.up) > MOST_EXPERTS:
         return False
     return runs_on(hidden.device)
 

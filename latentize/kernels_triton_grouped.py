@@ -1,7 +1,7 @@
 """The routed experts for many tokens: blocks of pairs that share an expert, as matrix products on the tensor cores.
 
 `grouped_up` and `grouped_down` are one matrix product each. `fused` is both for widths whose accumulator fits in
-registers: the hidden activations never leave the processor. `combine` adds a token's outputs in the order of its slots.
+registers: the hidden activations never leave the processor. `combine` adds a token's outputs in one fixed order.
 """
 
 from __future__ import annotations

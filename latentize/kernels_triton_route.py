@@ -42,9 +42,9 @@ def capped(z, SOFTCAP: tl.constexpr):
 @triton.jit
 def ranked(choice, expert, inside, EXPERTS: tl.constexpr):
     """int64 keys in the order of the choices, NaN above all; of equal choices the first expert has the larger key."""
-    choice = tl.where(choice != choice, float("inf"), choice) + 0.0  # -0 is 0
-    bits = choice.to(tl.int32, bitcast=True)
-    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    bits = (choice + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where(choice != choice, 0x7FFFFFFF, order).to(tl.int64)
     return tl.where(inside, order * 4294967296 + (EXPERTS - 1 - expert), -9223372036854775808)
 
 

@@ -201,7 +201,7 @@ def steps(problem: Problem, cut: Cut) -> tuple[Step, ...]:
     def step(kernel: Any, grid: Grid, configs: tuple[Config, ...]) -> Step:
         own = {name: constants[name] for name in kernel.arg_names if name in constants}
         name = kernel.fn.__name__
-        return Step(name, kernel, own, grid, configs, f"{name} {problem} {cut}")
+        return Step(name, kernel, own, grid, configs, f"{name} {problem.dtype} {own}")
 
     if cut.form == "decode":
         first = step(decode.decode_up, lambda t, c: (t * k, -(-m // c["ROWS"])), streaming(problem, width))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latentize.ops import check_indices, compute
-from latentize.route_triton import routed
+from latentize.route_triton import logits_of, routed
 from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
@@ -19,16 +19,6 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
         return None
     tensor = tensor.clone() if tensor.is_inference() else tensor.detach()  # inference tensors cannot be trained
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-
-
-def _widens(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether one product on CUDA takes both in 16 bits and gives fp32: the same sums without widened copies.
-
-    It has no gradient.
-    """
-    narrow = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
-    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return narrow and hidden.is_cuda and hidden.dim() == 2 and not learns
 
 
 class Router(nn.Module):
@@ -66,12 +56,7 @@ class Router(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             with torch.autocast(hidden.device.type, enabled=False):
                 return self.logits(hidden)
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        bias = None if self.bias is None else self.bias.to(dtype)
-        if _widens(hidden, self.weight):
-            logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
-            return logits if bias is None else logits + bias
-        return F.linear(hidden.to(dtype), self.weight.to(dtype), bias)
+        return logits_of(hidden, self.weight, self.bias)
 
     def forward(self, hidden: Tensor) -> Routing:
         """Routing of hidden [T, d]."""

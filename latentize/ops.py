@@ -89,6 +89,11 @@ def plain() -> Iterator[None]:
         _plain.reset(token)
 
 
+def is_plain() -> bool:
+    """Whether this is within `plain`."""
+    return _plain.get()
+
+
 @contextmanager
 def checked() -> Iterator[None]:
     """Within it, `LatentExperts` refuses expert numbers that name no expert, identity experts included.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latentize.activations import Activation
@@ -14,6 +15,12 @@ from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
 def check_indices(indices: Tensor, count: int) -> None:
     """Nothing: the plain loop over experts never reads past them."""
     del indices, count
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias [T, N], in at least fp32, of hidden [T, d] and weight [N, d]."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def routed(logits: Tensor, router: RouterSpec) -> Routing:

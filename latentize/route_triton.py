@@ -8,9 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from latentize import kernels_triton, routing
+from latentize import kernels_triton, ops, routing
 from latentize.kernels_triton_steps import power_of_two
 from latentize.routing import Routing
 from latentize.spec import RouterSpec
@@ -32,11 +34,39 @@ def routed(logits: Tensor, router: RouterSpec) -> Routing:
 
 
 def serves(logits: Tensor, router: RouterSpec) -> bool:
-    """Whether one launch can do this routing: no gradient asked for, no groups, no p-norm, a device that runs it."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and logits.requires_grad):
-        return False  # a compiler fuses the definition itself, and exporters know its operations
-    plain = router.groups is None and router.normalize != "norm" and logits.shape[-1] <= MOST_EXPERTS
-    return plain and logits.dtype == torch.float32 and logits.numel() > 0 and kernels_triton.runs_on(logits.device)
+    """Whether one launch can do this routing here and now.
+
+    Not where a gradient is asked for or operations are being watched, traced or compiled: they see the definition's.
+    """
+    if torch.compiler.is_compiling() or _watched() or ops.is_plain():
+        return False
+    tensors = (logits, router.selection_bias, router.per_expert_scale)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    if router.groups is not None or router.normalize == "norm":
+        return False
+    fits = logits.dim() == 2 and 0 < router.top_k <= logits.shape[-1] <= MOST_EXPERTS and logits.numel() > 0
+    return fits and logits.dtype == torch.float32 and kernels_triton.runs_on(logits.device)
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden @ weight.T + bias [T, N] in fp32 (fp64 for fp64 hidden states) of hidden [T, d] and weight [N, d].
+
+    On CUDA in 16 bits one product gives fp32, the same sums without widened copies, where no gradient is asked for.
+    """
+    narrow = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    watched = torch.compiler.is_compiling() or _watched()
+    if narrow and hidden.is_cuda and torch.version.hip is None and hidden.dim() == 2 and not (learns or watched):
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return logits if bias is None else logits + bias.to(torch.float32)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _watched() -> bool:
+    """Whether a mode of Python's dispatch is active: a recording, fake tensors."""
+    return _get_current_dispatch_mode() is not None
 
 
 def route(logits: Tensor, router: RouterSpec) -> Routing:

@@ -127,21 +127,32 @@ def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder:
     Slow models are timed over fewer rounds, so that a table takes about a minute at most.
     """
     make_inputs, rounds = inputs_maker(source, original), rounds_for(original, source)
-    rows = bench_models(original, rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+    models = {"original": original, "rewritten": rewritten}
+    rows = bench_models(models, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
     return rows + _onnx_latencies(folder, make_inputs, rounds)
 
 
 def _fused_latencies(source: Source, rewritten: nn.Module) -> tuple[Latency, ...]:
-    """Latency of both models as captured graphs, as they are and the converted one fused."""
+    """Latency of both models as captured graphs, as they are and the converted one fused.
+
+    A model that cannot be captured, as a loop over experts often cannot, is noted and not timed.
+    """
     make_inputs, rounds = inputs_maker(source, source.model), rounds_for(source.model, source)
-    inputs = Inputs(source.args, source.kwargs)
-    original = captured_graph(source.model, inputs, fusions=False)
+    inputs, warmup = Inputs(source.args, source.kwargs), min(5, rounds)
+    graphs: dict[str, nn.Module] = {}
+    notes: list[str] = []
+    try:
+        graphs["original"] = captured_graph(source.model, inputs, fusions=False)
+    except LatentizeError as reason:
+        notes.append(f"the original is not timed: {reason}")
     rows: tuple[Latency, ...] = ()
     for backend, fusions in (("torch graph", False), ("torch graph, fused", True)):
-        graph = captured_graph(rewritten, inputs, fusions=fusions)
-        rows += bench_models(
-            original, graph, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds), backend=backend
-        )
+        try:
+            models = {**graphs, "rewritten": captured_graph(rewritten, inputs, fusions=fusions)}
+        except LatentizeError as reason:
+            rows += tuple(Latency.of(backend, count, {}, str(reason)) for count in TOKENS)
+            continue
+        rows += bench_models(models, make_inputs, TOKENS, rounds, warmup, backend=backend, note="; ".join(notes))
     return rows
 
 
@@ -245,7 +256,8 @@ class _Pair:
         make_inputs, rounds = inputs_maker(self.source, model), rounds_for(model, self.source)
         rows: tuple[Latency, ...] = ()
         if "torch" in self._names:
-            rows += bench_models(model, self.rewritten, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+            models = {"original": model, "rewritten": self.rewritten}
+            rows += bench_models(models, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
         for backend in self.backends:
             if backend.name == "onnxruntime":
                 rows += _onnx_latencies(self.options.out, make_inputs, rounds)

@@ -6,13 +6,14 @@ Each pass is exact up to the order of sums and leaves what it is not sure of. Th
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from latentize.passes.linears import VIEWS, Linear, behind, cleaned, linear_of, new_parameter, value
+from latentize.passes.linears import VIEWS, Linear, behind, cleaned, linear_of, new_parameter, value, writes_between
 
 _ADD = torch.ops.aten.add.Tensor
 _MULTIPLY = torch.ops.aten.mul.Tensor
@@ -22,7 +23,8 @@ _EXPERTS = torch.ops.latentize.latent_experts.default
 class FoldScale(PassBase):
     """A number that multiplies the up-projection's output goes into the up-projection.
 
-    latent_up [d, l] is replaced by its multiple; s (U z) = (s U) z.
+    latent_up [d, l] is replaced by its multiple; s (U z) = (s U) z. In 16 bits only powers of two are folded: another
+    number would round every weight once more.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -32,7 +34,10 @@ class FoldScale(PassBase):
             scaled = _only_user(up.node)
             if scaled is None or scaled.target is not _MULTIPLY or not isinstance(scaled.args[1], (int, float)):
                 continue
-            weight = new_parameter(graph_module, "latent_up_scaled", up.weight * scaled.args[1], up.node)
+            if up.weight.element_size() < 4 and abs(math.frexp(scaled.args[1])[0]) != 0.5:
+                continue
+            multiple, learns = up.weight * scaled.args[1], up.weight.requires_grad
+            weight = new_parameter(graph_module, "latent_up_scaled", multiple, up.node, learns=learns)
             up.node.args = (up.node.args[0], weight)
             scaled.replace_all_uses_with(up.node)
             replaced.append(up.target)
@@ -42,24 +47,24 @@ class FoldScale(PassBase):
 class FuseProjections(PassBase):
     """The router's logits and the down-projection as one product, with whatever else multiplies the same tokens.
 
-    Takes products without bias whose parameters have one dtype: in 16 bits the router stays apart, as its logits are
-    computed in fp32.
+    Takes products without bias whose parameters have one dtype, and learn or do not: in 16 bits the router stays apart,
+    as its logits are computed in fp32.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Merge the products of each tensor of tokens that a down-projection reads."""
         sources = {down.source for down in _downs(graph_module)}
-        beside: dict[fx.Node, list[Linear]] = defaultdict(list)
+        beside: dict[object, list[Linear]] = defaultdict(list)
         for node in graph_module.graph.nodes:
             found = linear_of(graph_module, node)
             if found is not None and found.source in sources:
-                beside[found.source].append(found)
+                beside[found.source, found.weight.dtype, found.weight.requires_grad].append(found)
         replaced: list[str] = []
-        for source, group in beside.items():
-            alike = [linear for linear in group if linear.weight.dtype == group[0].weight.dtype]
-            if len(alike) > 1:
-                _merge(graph_module, source, alike)
-                replaced += [linear.target for linear in alike]
+        for group in beside.values():
+            source = group[0].source
+            if len(group) > 1 and not writes_between(graph_module, [source, *(linear.node for linear in group)]):
+                _merge(graph_module, source, group)
+                replaced += [linear.target for linear in group]
         return _finished(graph_module, replaced)
 
 
@@ -77,6 +82,8 @@ class FuseUp(PassBase):
                 continue
             other = user.args[1] if user.args[0] is shaped else user.args[0]
             if not isinstance(other, fx.Node) or not _alike(other, user, shaped) or not _same_rows(up.node, shaped):
+                continue
+            if writes_between(graph_module, [up.node, user]):
                 continue
             self._replace(graph_module, up, shaped, other, user)
             modified = True
@@ -163,7 +170,8 @@ def _same_rows(product: fx.Node, shaped: fx.Node) -> bool:
 def _merge(graph_module: fx.GraphModule, source: fx.Node, group: list[Linear]) -> None:
     """One product with all matrices of a group, and each part of its columns in place of its product."""
     graph, first = graph_module.graph, min(group, key=lambda linear: _position(graph_module, linear.node))
-    weight = new_parameter(graph_module, "fused_projections", torch.cat([each.weight for each in group]), first.node)
+    matrices, learns = torch.cat([each.weight for each in group]), first.weight.requires_grad
+    weight = new_parameter(graph_module, "fused_projections", matrices, first.node, learns=learns)
     with graph.inserting_before(first.node):
         together = graph.call_function(torch.ops.aten.linear.default, (source, weight))
         at = 0
@@ -171,7 +179,16 @@ def _merge(graph_module: fx.GraphModule, source: fx.Node, group: list[Linear]) -
             part = graph.call_function(torch.ops.aten.narrow.default, (together, -1, at, len(each.weight)))
             part.meta["val"] = each.node.meta.get("val")
             each.node.replace_all_uses_with(part)
+            _let_reshape(part)
             at += len(each.weight)
+
+
+def _let_reshape(part: fx.Node) -> None:
+    """Views of columns of a product need not exist: where one is asked for, a copy will do."""
+    for user in list(part.users):
+        if user.target is torch.ops.aten.view.default:
+            user.target = torch.ops.aten.reshape.default
+            _let_reshape(user)
 
 
 def _position(graph_module: fx.GraphModule, wanted: fx.Node) -> int:

@@ -61,6 +61,20 @@ def value(node: fx.Node) -> Tensor | None:
     return known if isinstance(known, Tensor) else None
 
 
+def writes_between(graph_module: fx.GraphModule, nodes: list[fx.Node]) -> bool:
+    """Whether anything from the first to the last of some nodes writes to memory that it was given."""
+    places = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+    first, last = min(places[node] for node in nodes), max(places[node] for node in nodes)
+    return any(first <= place <= last and _writes(node) for node, place in places.items())
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
+    return node.op in ("call_module", "call_method") and not str(node.target).startswith("_guards")
+
+
 def attribute(graph_module: fx.GraphModule, target: str) -> object:
     """What `get_attr` reads under a dotted name; None where nothing is."""
     found: object = graph_module
@@ -69,12 +83,17 @@ def attribute(graph_module: fx.GraphModule, target: str) -> object:
     return found
 
 
-def new_parameter(graph_module: fx.GraphModule, name: str, tensor: Tensor, before: fx.Node) -> fx.Node:
-    """A node before `before` that reads `tensor`, kept as a parameter under `name` or that with a number."""
+def new_parameter(
+    graph_module: fx.GraphModule, name: str, tensor: Tensor, before: fx.Node, *, learns: bool
+) -> fx.Node:
+    """A node before `before` that reads `tensor`, kept as a parameter under `name` with a number.
+
+    `learns` says whether it asks for gradients.
+    """
     number = 0
     while hasattr(graph_module, f"{name}_{number}"):
         number += 1
-    graph_module.register_parameter(f"{name}_{number}", nn.Parameter(tensor.detach(), tensor.requires_grad))
+    graph_module.register_parameter(f"{name}_{number}", nn.Parameter(tensor.detach(), learns))
     with graph_module.graph.inserting_before(before):
         return graph_module.graph.get_attr(f"{name}_{number}")
 

@@ -139,6 +139,18 @@ def test_formats_and_types_are_negotiated():
     assert made.get_output_data_types([half, long]) == [half]
 
 
+@pytest.mark.parametrize(
+    ("most", "experts", "width", "intermediate"), [(33000, 512, 64, 32), (32800, 512, 1024, 768), (70000, 8, 16, 8)]
+)
+def test_the_workspace_suffices_around_powers_of_two(most, experts, width, intermediate):
+    problem = plugin.Problem.contiguous(
+        experts, 1, width, intermediate, torch.bfloat16, CLAMPED, gated=True, biases=False
+    )
+    given = plugin._most_workspace(problem, most)
+    around = {2**power + step for power in range(1, 17) for step in (-1, 0, 1)} | {most, most - 1, plugin.SETTLED}
+    assert all(plugin._workspace_bytes(problem, tokens) <= given for tokens in around if 1 <= tokens <= most)
+
+
 @pytest.mark.parametrize("most", [1, 7, 300])
 def test_the_workspace_suffices_for_every_number_of_tokens(most):
     layer = Layer(UNGATED, CLAMPED)

@@ -50,7 +50,8 @@ def test_models_are_timed_at_each_length_in_eval_mode_and_left_as_found():
     def make_inputs(tokens):
         return Inputs((torch.randn(1, tokens, 4),)) if tokens < 100 else "the model takes 64 tokens"
 
-    rows = bench_models(original, rewritten, make_inputs, (1, 5, 256), repeats=3, warmup=1)
+    models = {"original": original, "rewritten": rewritten}
+    rows = bench_models(models, make_inputs, (1, 5, 256), repeats=3, warmup=1)
     assert [row.tokens for row in rows] == [1, 5, 256]
     assert all(row.original and row.rewritten and row.ratio for row in rows[:2])
     assert rows[2].original is None

@@ -14,6 +14,7 @@ import pytest
 import torch
 from expert_calls import CLAMPED, SILU, Call, reference, to
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -22,14 +23,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
+import latentize
 from latentize import kernels_triton, ops, route_triton
 from latentize.activations import FUNCTIONS, Activation
 from latentize.kernels_torch import Experts
 from latentize.kernels_triton_math import activate
 from latentize.kernels_triton_steps import FORMS, Cut, Problem, block_count, steps, workspaces
-from latentize.moe import Router
+from latentize.moe import LatentMoE, Router
 from latentize.routing import route
-from latentize.spec import Groups, RouterSpec
+from latentize.spec import ExpertsSpec, Groups, MoESpec, RouterSpec
 
 #: Largest relative error: fp32 sums in another order; fp16 rounds hidden activations, pairs' outputs and the result.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3}
@@ -306,6 +308,60 @@ def test_routing_leaves_gradients_and_groups_to_the_definition():
     assert not route_triton.serves(logits, RouterSpec(torch.empty(0), 2, groups=Groups(2, 1)))
     assert not route_triton.serves(logits, RouterSpec(torch.empty(0), 2, normalize="norm"))
     assert not route_triton.serves(logits.double(), RouterSpec(torch.empty(0), 2))
+
+
+def test_nan_is_taken_before_infinity():
+    logits = torch.tensor([[torch.inf, torch.nan, 0.0]])
+    found = route_triton.route(logits, RouterSpec(torch.empty(0), 1, score="sqrt_softplus"))
+    assert found.indices.tolist() == [[1]]
+    assert found.weights.isnan().all()
+
+
+@pytest.mark.parametrize("experts", [1025, 2048])
+def test_routing_among_many_experts(experts):
+    logits = torch.randn(2, experts, generator=torch.Generator().manual_seed(1))
+    router = RouterSpec(torch.empty(0), 5, normalize="sum")
+    assert route_triton.serves(logits, router)
+    found, expected = route_triton.route(logits, router), route(logits.double(), router)
+    assert torch.equal(found.indices, expected.indices)
+    assert_close(found.weights.double(), expected.weights, rtol=2e-6, atol=1e-7)
+
+
+def test_what_one_launch_does_not_do_is_left_to_the_definition():
+    router = RouterSpec(torch.empty(0), 3)
+    assert not route_triton.serves(torch.randn(2, 2049), router)
+    assert not route_triton.serves(torch.randn(2, 2), router)
+    assert not route_triton.serves(torch.randn(2, 3, 4), router)
+    assert not route_triton.serves(torch.randn(0, 8), router)
+    assert route_triton.routed(torch.randn(0, 8), router).indices.shape == (0, 3)
+    scales = torch.ones(8, requires_grad=True)
+    scaled = RouterSpec(torch.empty(0), 3, per_expert_scale=scales)
+    route_triton.routed(torch.randn(2, 8), scaled).weights.sum().backward()
+    assert scales.grad is not None
+    weight = torch.randn(6, 10, requires_grad=True)
+    module = Router(RouterSpec(weight, 2))
+    module(torch.randn(4, 10)).weights.sum().backward()
+    assert module.weight.grad is not None
+    with FakeTensorMode():
+        assert not route_triton.serves(torch.randn(2, 8), router)
+    with ops.plain():
+        assert not route_triton.serves(torch.randn(2, 8), router)
+
+
+def test_blocks_of_our_own_are_still_seen_where_routing_is_one_launch():
+    generator = torch.Generator().manual_seed(0)
+    experts = ExpertsSpec(torch.randn(4, 6, 8, generator=generator), torch.randn(4, 8, 6, generator=generator))
+    block = LatentMoE(MoESpec(RouterSpec(torch.randn(4, 8, generator=generator), 2), experts)).eval()
+    (found,) = latentize.inspect(torch.nn.Sequential(block), (torch.randn(12, 8, generator=generator),))
+    assert found.status == "moe", found.reason
+
+
+def test_many_chunks_are_placed_in_order():
+    indices = torch.randint(0, 3, (40 * 128, 1), generator=torch.Generator().manual_seed(0))
+    of = placed(indices, 600, 128, 128)  # counts of 8 chunks at a time
+    flat = indices.flatten()
+    assert flat[of["order"].long()].tolist() == sorted(flat.tolist())
+    assert torch.equal(of["order"].long(), flat.argsort(stable=True))
 
 
 def test_the_module_routes_in_one_launch_and_passes_opcheck(monkeypatch):

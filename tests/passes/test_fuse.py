@@ -130,6 +130,8 @@ def test_memory_under_two_names_is_left():
     block.gate.weight = block.up.weight
     graph = graph_of(block)
     fuse(graph)
+    assert operations(graph)["linear"] == 4  # router and down-projection together; gate, up and down as they were
+    assert {"gate.weight", "up.weight"} & set(dict(graph.named_parameters(remove_duplicate=False)))
     assert_same(graph, block)
 
 
@@ -184,3 +186,57 @@ def test_a_model_without_latent_experts_is_left():
     before = str(graph.graph)
     assert not fuse(graph).modified
     assert str(graph.graph) == before
+
+
+class WrittenBetween(Block):
+    """The tokens change between the routed experts and the shared one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = x.clone()
+        hidden = stream.view(-1, D)
+        routed = self.moe(hidden)
+        stream.mul_(2.0)
+        return (routed + self.shared(hidden)).view(x.shape)
+
+
+def test_products_around_a_write_in_place_are_not_moved_past_it():
+    block = WrittenBetween(scale=1.0)
+    graph = graph_of(block)
+    fuse(graph)
+    assert "fused_projections_0" not in dict(graph.named_parameters())
+    assert_same(graph, block)
+
+
+class ViewedParts(Block):
+    """The shared expert's products are viewed as one row."""
+
+    def shared(self, hidden: Tensor) -> Tensor:
+        both = F.silu(self.gate(hidden).view(-1)) * self.up(hidden).view(-1)
+        return self.down(both.view(-1, M))
+
+
+def test_views_of_merged_products_become_reshapes():
+    block = ViewedParts()
+    graph = graph_of(block)
+    assert FuseProjections()(graph).modified
+    assert_same(graph, block)
+
+
+def test_what_learns_goes_on_learning_and_what_does_not_stays_apart():
+    block = Block()
+    axes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    block.moe.router.weight.requires_grad_(False)
+    graph = torch.export.export(block, (tokens(2, 5),), dynamic_shapes=axes).module()
+    with torch.no_grad():
+        fuse(graph)
+    learns = {name: parameter.requires_grad for name, parameter in graph.named_parameters()}
+    assert learns["latent_up_scaled_0"]
+    assert learns["fused_projections_0"] == (not learns.get("moe.router.weight", True))
+    graph(tokens(1, 3)).sum().backward()
+    assert dict(graph.named_parameters())["latent_up_scaled_0"].grad is not None
+
+
+@pytest.mark.parametrize(("scale", "folded"), [(2.0, True), (1.5, False)])
+def test_in_16_bits_only_powers_of_two_are_folded(scale, folded):
+    graph = graph_of(Block(torch.bfloat16, scale), torch.bfloat16)
+    assert FoldScale()(graph).modified == folded
