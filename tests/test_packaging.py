@@ -91,7 +91,7 @@ def test_no_module_imports_a_mapped_folder_by_its_bare_name() -> None:
 
 
 #: Modules that others import inside functions only, where the package that they need was found.
-GUARDED = {f"kernels_triton_{name}": "triton" for name in ("math", "decode", "grouped", "sort")}
+GUARDED = {f"kernels_triton_{name}": "triton" for name in ("math", "decode", "grouped", "route", "sort")}
 
 
 def test_modules_import_at_their_top_only_what_is_always_installed() -> None:
