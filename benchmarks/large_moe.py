@@ -11,11 +11,12 @@ VOCABULARY = 256
 EXAMPLE, BATCH, BATCHES = (2, 64), (4, 256), 4
 
 
-def build_model() -> nn.Module:
-    """Three layers of 32 experts, the best 8 of them selected, width 512, 384 neurons each."""
+def build_model(hidden_size: int = 512, intermediate_size: int = 384) -> nn.Module:
+    """Three layers of 32 experts, the best 8 of them selected."""
     torch.manual_seed(0)
     config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=512, moe_intermediate_size=384, intermediate_size=384, num_hidden_layers=3,
+        vocab_size=VOCABULARY, hidden_size=hidden_size, moe_intermediate_size=intermediate_size,
+        intermediate_size=intermediate_size, num_hidden_layers=3,
         num_experts=32, num_experts_per_tok=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
     )  # fmt: skip
     return Qwen3MoeForCausalLM(config).eval()
