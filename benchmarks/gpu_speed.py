@@ -49,6 +49,11 @@ class Sizes:
     top_k: int
     gated: bool
 
+    @property
+    def activation(self) -> Activation:
+        """SwiGLU's silu where gated, else relu²."""
+        return Activation("silu" if self.gated else "relu_squared")
+
     def __str__(self) -> str:
         return f"{self.name} d{self.hidden} l{self.latent} m{self.intermediate} N{self.experts} k{self.top_k}"
 
@@ -77,6 +82,12 @@ TINY: dict[str, tuple[Sizes | None, tuple[Sizes, ...]]] = {
 }
 
 
+def blocks_of(family: tuple[Sizes | None, tuple[Sizes, ...]]) -> list[Sizes]:
+    """The blocks of a family, the original first where there is one."""
+    original, latents = family
+    return [*([original] if original else []), *latents]
+
+
 def random_block(sizes: Sizes, where: Where, dtype: torch.dtype) -> LatentMoE:
     """A block with random weights on the device: latency does not depend on them."""
     generator = torch.Generator(where.device).manual_seed(0)
@@ -86,9 +97,8 @@ def random_block(sizes: Sizes, where: Where, dtype: torch.dtype) -> LatentMoE:
         return made.mul_(shape[-1] ** -0.5)
 
     n, m, width, d = sizes.experts, sizes.intermediate, sizes.latent, sizes.hidden
-    activation = Activation("silu" if sizes.gated else "relu_squared")
     gate = normal(n, m, width) if sizes.gated else None
-    experts = ExpertsSpec(normal(n, m, width), normal(n, width, m), gate, activation=activation)
+    experts = ExpertsSpec(normal(n, m, width), normal(n, width, m), gate, activation=sizes.activation)
     latent = LatentSpec(normal(width, d), normal(d, width)) if width < d else None
     router = RouterSpec(normal(n, d), sizes.top_k, normalize="sum")
     return LatentMoE(MoESpec(router, experts, latent)).requires_grad_(False)
@@ -135,11 +145,9 @@ def forms_of(block: LatentMoE, kept: Kept, tokens: int) -> dict[str, Way]:
 
 def calls_of(family: str, tokens: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[Problem, int, Form | None]]:
     """What `measure` will call the kernels with."""
-    original, latents = FAMILIES[family]
-    for sizes in ([original] if original else []) + list(latents):
-        activation = Activation("silu" if sizes.gated else "relu_squared")
+    for sizes in blocks_of(FAMILIES[family]):
         problem = Problem.contiguous(
-            sizes.experts, sizes.top_k, sizes.latent, sizes.intermediate, dtype, activation,
+            sizes.experts, sizes.top_k, sizes.latent, sizes.intermediate, dtype, sizes.activation,
             gated=sizes.gated, biases=False,
         )  # fmt: skip
         for count in tokens:
@@ -253,11 +261,11 @@ def measure(
     family: str, tokens: list[int], where: Where, dtype: torch.dtype, copied: float, gemm: float
 ) -> Iterator[dict[str, Any]]:
     """Rows of one family: all blocks of it side by side, for each number of tokens."""
-    original, latents = (TINY if where.quick else FAMILIES)[family]
-    blocks = {sizes: random_block(sizes, where, dtype) for sizes in ([original] if original else []) + list(latents)}
+    every = blocks_of((TINY if where.quick else FAMILIES)[family])
+    blocks = {sizes: random_block(sizes, where, dtype) for sizes in every}
     number, rounds = (1, 1) if where.quick else (INPUTS, ROUNDS)
     for count in tokens:
-        inputs = [torch.randn(count, latents[0].hidden, device=where.device).to(dtype) for _ in range(number)]
+        inputs = [torch.randn(count, every[0].hidden, device=where.device).to(dtype) for _ in range(number)]
         kept = {sizes: Kept(block) for sizes, block in blocks.items()}
         timed: dict[tuple[Sizes, str], Timed] = {}
         errors: dict[tuple[Sizes, str], float] = {}

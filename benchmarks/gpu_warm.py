@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from latentize.kernels_triton import shared_memory
 from latentize.kernels_triton_aot import argument_type
 from latentize.kernels_triton_steps import Config, Cut, Form, Problem, Step, fitting, steps
 
@@ -20,7 +21,7 @@ Job = tuple[Problem, Cut, int, Config]
 
 def compile_ahead(calls: Iterable[tuple[Problem, int, Form | None]]) -> int:
     """Compile every config of the kernels that calls (problem, tokens, form) launch on this device; how many."""
-    shared: int = getattr(torch.cuda.get_device_properties(0), "shared_memory_per_block_optin")  # noqa: B009 - untyped
+    shared = shared_memory(torch.cuda.current_device())
     jobs: dict[tuple[str, str], Job] = {}
     for problem, tokens, form in calls:
         cut = Cut.of(problem, tokens, form)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from latentize.errors import LatentizeError, one_line
@@ -33,6 +33,23 @@ def capture(model: nn.Module, inputs: Inputs, feature: str) -> torch.export.Expo
             f"{feature}: torch.export cannot capture {type(model).__name__}: {one_line(error)}; "
             "that part of its forward depends on data in Python"
         ) from error
+
+
+def captured_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """A model as a graph that runs at any number of tokens and shares its parameters.
+
+    Args:
+        model: run in eval mode, without gradients and key-value cache; left as it was found.
+        inputs: example arguments.
+
+    Raises:
+        LatentizeError: torch.export cannot capture the model.
+    """
+    example = example_for_export(model, inputs.args, inputs.kwargs)
+    with exporting(model):
+        graph = capture(model, example, "a graph to run").module()
+    assert isinstance(graph, fx.GraphModule)
+    return graph
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from latentize.errors import GateError, LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import exporting
 from latentize.inputs import Inputs
+from latentize.passes.double import dtype_of
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -161,11 +162,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def _largest(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item() if actual.numel() else 0.0
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _shapes(shapes: tuple[tuple[int, ...], ...]) -> str:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from latentize import __version__, remote_code, store, tensors
-from latentize.errors import LatentizeError, MissingExtraError
+from latentize.errors import LatentizeError, MissingExtraError, first_line
 from latentize.moe import LatentExperts, LatentMoE
 from latentize.remote_code import NO_SUPPORT, Support
-from latentize.sources import Form, Source, evaluation_mode, first_line
+from latentize.sources import Form, Source, evaluation_mode
 from latentize.spec import MoESpec
 from latentize.staging import MANIFEST, is_ours
 

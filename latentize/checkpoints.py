@@ -15,10 +15,9 @@ from torch.utils import _pytree as pytree
 
 from latentize import store
 from latentize.artefact import versions
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, first_line
 from latentize.inputs import Batch
 from latentize.recipe import Recipe
-from latentize.sources import first_line
 from latentize.spec import MoESpec
 from latentize.staging import disk_errors
 

@@ -18,8 +18,9 @@ from latentize.compare_inputs import Sequences
 from latentize.comparison import BackendAgreement, LengthAgreement, Memory, Which
 from latentize.errors import LatentizeError, one_line
 from latentize.exporters.captured import exporting
-from latentize.exporters.onnx_check import dtype_of, relative_error
+from latentize.exporters.onnx_check import relative_error
 from latentize.inputs import Inputs
+from latentize.passes.double import dtype_of
 from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.ties import TieWatch
 

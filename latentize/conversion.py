@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from latentize import passes
 from latentize.compare import block_errors
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, first_line
 from latentize.forecast import Forecast
 from latentize.initialise import initialise
 from latentize.inputs import Batch, Inputs, observing
@@ -27,7 +27,7 @@ from latentize.predict import predict
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
 from latentize.reread import Reading, reread
-from latentize.sources import as_inputs, check_runs, first_line, out_of_memory
+from latentize.sources import as_inputs, check_runs, out_of_memory
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics, collect
 from latentize.taps import BlockCall, tapped

@@ -36,6 +36,12 @@ class MissingExtraError(LatentizeError):
         )
 
 
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error's message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
     """An exception as the first lines of its message, on one line."""
     text = " ".join(str(error).split())

@@ -128,7 +128,7 @@ def launch(step: Step, values: Mapping[str, Any], tokens: int) -> None:
     from latentize import kernels_triton_tune as tune
 
     device = torch.cuda.current_device()
-    configs = fitting(step.configs, _shared_memory(device))
+    configs = fitting(step.configs, shared_memory(device))
     if len(configs) > 1 and tune.may_tune():
         attempt(tune.tuner(device).choose(step, configs, attempt))
     else:
@@ -198,7 +198,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 @functools.cache
-def _shared_memory(device: int) -> int:
+def shared_memory(device: int) -> int:
     """Bytes of shared memory that one block may have."""
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from torch import nn
+from torch import fx, nn
 
 from latentize import artefact, compare_backends, compare_blocks, report, terminal
 from latentize.bench import TOKENS, Latency, MakeInputs, bench_models, bench_onnx
@@ -19,9 +19,10 @@ from latentize.compare_inputs import Sequences, sequences
 from latentize.comparison import BackendAgreement, BlockSearch, Comparison, Which
 from latentize.conversion import batches_of, example_batch
 from latentize.errors import LatentizeError, MissingExtraError
-from latentize.fused import captured_graph
+from latentize.exporters.captured import captured_graph
 from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.moe import LatentMoE
+from latentize.passes.fuse import fuse
 from latentize.progress import Steps
 from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.sources import Source, open_model
@@ -138,22 +139,22 @@ def _fused_latencies(source: Source, rewritten: nn.Module) -> tuple[Latency, ...
     A model that cannot be captured, as a loop over experts often cannot, is noted and not timed.
     """
     make_inputs, rounds = inputs_maker(source, source.model), rounds_for(source.model, source)
-    inputs, warmup = Inputs(source.args, source.kwargs), min(5, rounds)
-    graphs: dict[str, nn.Module] = {}
-    notes: list[str] = []
-    try:
-        graphs["original"] = captured_graph(source.model, inputs, fusions=False)
-    except LatentizeError as reason:
-        notes.append(f"the original is not timed: {reason}")
-    rows: tuple[Latency, ...] = ()
-    for backend, fusions in (("torch graph", False), ("torch graph, fused", True)):
+    graphs: dict[str, fx.GraphModule] = {}
+    notes = []
+    for name, model in (("original", source.model), ("rewritten", rewritten)):
         try:
-            models = {**graphs, "rewritten": captured_graph(rewritten, inputs, fusions=fusions)}
+            graphs[name] = captured_graph(model, Inputs(source.args, source.kwargs))
         except LatentizeError as reason:
-            rows += tuple(Latency.of(backend, count, {}, str(reason)) for count in TOKENS)
-            continue
-        rows += bench_models(models, make_inputs, TOKENS, rounds, warmup, backend=backend, note="; ".join(notes))
-    return rows
+            notes.append(f"the {name} model is not timed: {reason}")
+
+    def timed(backend: str) -> tuple[Latency, ...]:
+        note = "; ".join(notes)
+        return bench_models(graphs, make_inputs, TOKENS, rounds, min(5, rounds), backend=backend, note=note)
+
+    rows = timed("torch graph")
+    if "rewritten" in graphs:
+        fuse(graphs["rewritten"])
+    return rows + timed("torch graph, fused")
 
 
 def inputs_maker(source: Source, original: nn.Module) -> MakeInputs:

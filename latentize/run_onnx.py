@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from latentize.blocks import Block
 from latentize.errors import GateError
 from latentize.inputs import Inputs, runnable_at
+from latentize.passes.double import dtype_of
 from latentize.recipe import Recipe
 from latentize.report import OnnxAgreement
 from latentize.sources import Source
@@ -96,7 +97,7 @@ def agreement(
     A graph that cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both
     disagree and a router's choice is a tie within the tolerance are left out, counted and drawn again.
     """
-    from latentize.exporters.onnx_check import TOLERANCES, check_onnx, dtype_of
+    from latentize.exporters.onnx_check import TOLERANCES, check_onnx
 
     tolerance = TOLERANCES.get(dtype_of(model), 1e-5)
     rows = []

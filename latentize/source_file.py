@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from latentize.errors import LatentizeError
-from latentize.sources import Source, as_inputs, first_line, out_of_memory
+from latentize.errors import LatentizeError, first_line
+from latentize.sources import Source, as_inputs, out_of_memory
 
 FACTORY = "build_model"
 

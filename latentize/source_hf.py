@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from latentize.errors import LatentizeError, MissingExtraError
-from latentize.sources import Source, first_line, out_of_memory
+from latentize.errors import LatentizeError, MissingExtraError, first_line
+from latentize.sources import Source, out_of_memory
 
 #: Example inputs: sequences and tokens in each.
 _BATCH, _TOKENS = 2, 64

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.export.pt2_archive import constants as pt2
 
-from latentize.errors import LatentizeError
-from latentize.sources import Source, as_inputs, evaluation_mode, first_line, out_of_memory
+from latentize.errors import LatentizeError, first_line
+from latentize.sources import Source, as_inputs, evaluation_mode, out_of_memory
 
 #: Targets a graph may call, and characters a symbolic size may hold: the rest could reach beyond tensor operators.
 _TARGET = re.compile(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, first_line
 from latentize.inputs import owned
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -172,12 +172,6 @@ def describe_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     return (
         ", ".join([one(value) for value in args] + [f"{name}={one(value)}" for name, value in kwargs.items()]) or "none"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error's message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def out_of_memory(error: BaseException) -> bool:

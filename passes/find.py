@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from latentize import ops
 from latentize.blocks import Block
+from latentize.errors import first_line
 from latentize.memory import release
 from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
@@ -63,7 +64,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
     try:
         seen = scan(model, args, kwargs)
     except Exception as error:
-        return [Found(_refused(".", f"the model does not run on these inputs: {_line(error)}"))]
+        return [Found(_refused(".", f"the model does not run on these inputs: {first_line(error)}"))]
     found: dict[str, list[Found]] = {}
     done: set[tuple[object, ...]] = set()
     with untouched(model), _threads(model), _cheap_collections(), _device(model), ops.plain():
@@ -144,11 +145,6 @@ def _refused(name: str, reason: str) -> Block:
     return Block(name, "refused", reason)
 
 
-def _line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
-
-
 def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]]) -> Iterator[Found]:
     """The blocks around one selection, from the innermost module that holds one whole."""
     refused: Block | None = None
@@ -164,7 +160,7 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             items, settled = _in_module(module, path, Prober(seen.calls[path]), inner)
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
-            items = [Found(_refused(path or ".", f"it could not be analysed: {_line(error)}"))]
+            items = [Found(_refused(path or ".", f"it could not be analysed: {first_line(error)}"))]
         release()  # recordings are large, and their calls and values refer to each other
         reason = unreadable(module, path) if items and all(i.block.status == "refused" for i in items) else ""
         if reason:
@@ -243,7 +239,7 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
             continue
         except Exception as error:  # a graph may hold for some shapes only
             _log.debug("proving %r failed", name, exc_info=True)
-            reasons.append(f"it does not run on all inputs once it is rewritten: {_line(error)}")
+            reasons.append(f"it does not run on all inputs once it is rewritten: {first_line(error)}")
             continue
         if not reason:
             if isinstance(site, GraphSite) and site.path is None:

@@ -168,8 +168,8 @@ def _same_rows(product: fx.Node, shaped: fx.Node) -> bool:
 
 
 def _merge(graph_module: fx.GraphModule, source: fx.Node, group: list[Linear]) -> None:
-    """One product with all matrices of a group, and each part of its columns in place of its product."""
-    graph, first = graph_module.graph, min(group, key=lambda linear: _position(graph_module, linear.node))
+    """One product with all matrices of a group, in the graph's order, and parts of its columns for each product."""
+    graph, first = graph_module.graph, group[0]
     matrices, learns = torch.cat([each.weight for each in group]), first.weight.requires_grad
     weight = new_parameter(graph_module, "fused_projections", matrices, first.node, learns=learns)
     with graph.inserting_before(first.node):
@@ -189,10 +189,6 @@ def _let_reshape(part: fx.Node) -> None:
         if user.target is torch.ops.aten.view.default:
             user.target = torch.ops.aten.reshape.default
             _let_reshape(user)
-
-
-def _position(graph_module: fx.GraphModule, wanted: fx.Node) -> int:
-    return next(i for i, node in enumerate(graph_module.graph.nodes) if node is wanted)
 
 
 def _finished(graph_module: fx.GraphModule, replaced: list[str]) -> PassResult:

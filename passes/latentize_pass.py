@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from latentize.blocks import Block
 from latentize.errors import LatentizeError
+from latentize.passes.linears import attribute
 from latentize.recipe import Recipe
 
 #: Length given to an axis of a placeholder whose size is symbolic and unknown.
@@ -126,7 +127,6 @@ def _table(graph_module: fx.GraphModule, user: fx.Node) -> int | None:
     weight = user.args[0]
     if weight.op != "get_attr":
         return None
-    value: Any = graph_module
-    for part in str(weight.target).split("."):
-        value = getattr(value, part)
-    return int(value.shape[0])
+    table = attribute(graph_module, str(weight.target))
+    assert isinstance(table, Tensor)
+    return len(table)

@@ -167,8 +167,8 @@ def _bind(
         if router is not None:
             order = [row.index(place) for place in range(count)]
             return Binding(region, router, experts.reordered(order), _is_latent(region)), ""
-    found = _bind_normed(region, indices, experts) if _is_latent(region) else (None, reason)
-    return found if found[0] is not None else (None, reason)
+    binding, _ = _bind_normed(region, indices, experts)
+    return (None, reason) if binding is None else (binding, "")
 
 
 def _bind_normed(region: Region, indices: Tensor, experts: ExpertsFit) -> tuple[Binding | None, str]:

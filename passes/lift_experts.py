@@ -89,6 +89,11 @@ class Sample:
     indices: Tensor  # [T, k]
     weights: Tensor | None = None
 
+    def at(self, tokens: Tensor) -> Sample:
+        """Some of the tokens, by number."""
+        weights = None if self.weights is None else self.weights[tokens]
+        return Sample(self.hidden[tokens], self.output[tokens], self.indices[tokens], weights)
+
 
 @torch.no_grad()
 def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) -> tuple[ExpertsFit | None, str]:
@@ -251,11 +256,7 @@ def _try(
     """Every plausible activation of one reading with its residual; where it fits, the weights and which are clear."""
     tensors = {name: b.recorded() for name, b in zip(_FIELDS, _parts(reading), strict=True) if b is not None}
     first = tensors["up"]
-    chosen = torch.linspace(0, len(sample.hidden) - 1, min(FEW, len(sample.hidden))).long()
-    small = Sample(
-        sample.hidden[chosen], sample.output[chosen], sample.indices[chosen],
-        None if sample.weights is None else sample.weights[chosen],
-    )  # fmt: skip
+    small = sample.at(torch.linspace(0, len(sample.hidden) - 1, min(FEW, len(sample.hidden))).long())
     gate, up = _preactivations(tensors, small, experts)
     candidates = _activations(region, gated=reading.gate is not None)
     sizes = itertools.chain((2,), itertools.repeat(TOGETHER))  # the first ones are likely
@@ -274,10 +275,7 @@ def _weights(
     """The residual over all tokens, with the weights and of which tokens they are the only ones."""
     found = []
     for part in torch.arange(len(sample.hidden)).split(PART):
-        piece = Sample(
-            sample.hidden[part], sample.output[part], sample.indices[part],
-            None if sample.weights is None else sample.weights[part],
-        )  # fmt: skip
+        piece = sample.at(part)
         gate, up = _preactivations(tensors, piece, experts)
         found.append(_span(_outputs(tensors, activation(gate, up), piece, experts), piece))
     residuals, coefficients, clear = zip(*found, strict=True)

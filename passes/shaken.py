@@ -56,8 +56,10 @@ class Shaken:
     @contextmanager
     def trained(self) -> Iterator[nn.Module]:
         """The original in fp64, in the memory of `module`, which is not to be used inside and is as before after it."""
-        parameters = [(one, other) for one, other in self._pairs.values() if isinstance(one, nn.Parameter)]
-        parameters = [(one, other) for one, other in parameters if other.dtype == torch.float64]
+        parameters = [
+            (one, other) for one, other in self._pairs.values()
+            if isinstance(one, nn.Parameter) and other.dtype == torch.float64
+        ]  # fmt: skip
         changed = [self._pairs[name] for name in self._changed]
         with torch.no_grad():
             for one, other in changed:

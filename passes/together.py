@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from latentize.errors import first_line
 from latentize.moe import LatentMoE
 from latentize.passes.double import in_double
 from latentize.passes.probes import Inputs, Prober
@@ -63,8 +64,7 @@ def disagreement(
                 error = _worst(double, whole, [inputs], others, run_double)
     except Exception as failure:  # a captured graph may hold for some sizes only
         _log.debug("running the model in canonical form failed", exc_info=True)
-        line = (str(failure).strip().splitlines() or [""])[0]
-        return f"with its blocks in canonical form the whole model does not run: {type(failure).__name__}: {line}"
+        return f"with its blocks in canonical form the whole model does not run: {first_line(failure)}"
     if error <= (TOGETHER_DOUBLE if exact else TOGETHER * half):
         return ""
     return f"with its blocks in canonical form the whole model gives other outputs (relative error {error:.1e})"

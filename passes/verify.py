@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from latentize.blocks import Probe
+from latentize.errors import first_line
 from latentize.moe import LatentMoE, Router
 from latentize.passes.double import dtype_of, in_fp64, in_own_dtype
 from latentize.passes.probes import Inputs, Prober
@@ -118,8 +119,7 @@ def _compare(
         try:
             ours = _run(rewritten, probe, torch.float64 if own is expected else None)
         except (RuntimeError, IndexError, ValueError) as failure:  # a captured graph may hold for some shapes only
-            line = (str(failure).strip().splitlines() or [""])[0]
-            return probes, f"rewritten, it does not run on {label}{probe.name} ({type(failure).__name__}: {line})"
+            return probes, f"rewritten, it does not run on {label}{probe.name} ({first_line(failure)})"
         finally:
             handle.remove()
         if len(ours) != len(expected):
