@@ -1,4 +1,4 @@
-"""A random Qwen3-MoE of 226 MiB, large beside what a conversion holds whatever the model: `steps.py --large`."""
+"""A random Qwen3-MoE of 226 or 884 MiB, large beside what a conversion holds whatever the model: `steps.py --large`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def build_model(hidden_size: int = 512, intermediate_size: int = 384) -> nn.Modu
         num_experts=32, num_experts_per_tok=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64,
     )  # fmt: skip
     return Qwen3MoeForCausalLM(config).eval()
+
+
+def build_larger_model() -> nn.Module:
+    """The same at twice the widths, four times the bytes."""
+    return build_model(1024, 768)
 
 
 def example_inputs() -> dict[str, object]:

@@ -3,6 +3,7 @@
     python benchmarks/steps.py                                    the sample language model, compression 2
     python benchmarks/steps.py samples/plain_moe.py --compression 4
     python benchmarks/steps.py --large --batches 2                a random model, large beside what any model takes
+    python benchmarks/steps.py benchmarks/large_moe.py:build_larger_model --batches 2       four times as large
 
 Peak memory is what the process held at most during the step above what it held before it, beside the model's own
 bytes; the promise is twice the model plus one block. Linux only: the high-water mark is reset before each step.

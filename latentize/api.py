@@ -125,6 +125,7 @@ def convert(
         batches = conversion.batches_of(calibration, model)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         student = conversion.rewrite(model, survey.selected, conversion.start(prepared, recipe))
+        prepared = prepared.after_start()
         initialised = conversion.measure_errors(
             prepared.teacher, student, batches or [conversion.example_batch(model, args, kwargs)]
         )
@@ -205,7 +206,7 @@ def _training(model: nn.Module) -> list[str]:
 
 def _unhealed(prepared: Prepared, healing: HealReport | None, recipe: Recipe) -> list[str]:
     notes = []
-    if prepared.statistics is None and recipe.init == "activation":
+    if not prepared.batches and recipe.init == "activation":
         notes.append("no calibration data: the start was computed from the weights alone")
     if healing is not None:
         notes.extend(healing.notes)

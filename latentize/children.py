@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from latentize.memory import trim
 from latentize.projections import leading
 from latentize.rescale import simplex
 from latentize.routing import Routing
@@ -44,6 +45,7 @@ def condition(
     for expert in range(parents):
         x = hidden[(routing.indices == expert).any(-1)]
         shifts[:, expert] = family_shifts(x, dropped, a)
+        trim()
     rows = weight.clone()
     rows[: a * parents] += shifts.flatten(0, 1).to(weight)
     return replace(router, weight=rows)

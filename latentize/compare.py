@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from latentize.errors import GateError, LatentizeError
 from latentize.inputs import Batch, Inputs, observing
+from latentize.memory import trim
 from latentize.moe import LatentMoE
 from latentize.taps import BlockCall, tapped
 
@@ -115,6 +116,7 @@ def block_errors(
     sums = {name: [0.0, 0.0] for name in teacher_blocks if name in student_blocks}
 
     def measure(name: str, call: BlockCall) -> None:
+        trim()
         difference = student_blocks[name](*call.inputs).double() - call.output.double()
         sums[name][0] += difference.square().sum().item()
         sums[name][1] += call.output.double().square().sum().item()

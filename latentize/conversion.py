@@ -223,7 +223,8 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
 class Prepared:
     """What is known before the first latent weight exists: the exact teacher, what data says of it, and the plan.
 
-    `model`, `selected` and `batches` are what it was prepared from.
+    `model`, `selected` and `batches` are what it was prepared from; `warnings` is what the data left open,
+    and `tokens` how many calibration tokens the statistics of a block are over at most.
     """
 
     model: nn.Module
@@ -233,11 +234,12 @@ class Prepared:
     statistics: Mapping[str, BlockStatistics] | None
     plans: Mapping[str, BlockPlan]
     forecast: Forecast = field(default_factory=lambda: Forecast({}))
+    warnings: tuple[str, ...] = ()
+    tokens: int = 0
 
-    @property
-    def warnings(self) -> list[str]:
-        """What the data left open."""
-        return [line for block in (self.statistics or {}).values() for line in block.warnings]
+    def after_start(self) -> Prepared:
+        """The same without the statistics, which take memory and which nothing asks for once the blocks are started."""
+        return replace(self, statistics=None)
 
 
 def prepare(
@@ -262,7 +264,12 @@ def prepare(
     check_plan(specs, recipe)
     if statistics is None and batches and recipe.init == "activation":
         statistics = measure(teacher, recipe, batches, progress)
-    bare = Prepared(model, selected, batches, teacher, statistics, {})
+    said = (statistics or {}).values()
+    bare = Prepared(
+        model, selected, batches, teacher, statistics, {},
+        warnings=tuple(line for block in said for line in block.warnings),
+        tokens=max((block.tokens for block in said), default=0),
+    )  # fmt: skip
     seen = predict(bare, recipe, sweep=sweep, progress=progress)
     return replace(bare, plans=make_plan(specs, recipe, statistics, seen), forecast=seen)
 
@@ -276,6 +283,7 @@ def measure(
         LatentizeError: the model rejects a batch, or its activations are never finite.
     """
     used = _measured(teacher, batches)
+    release()  # what proving blocks left behind
     return collect(teacher.model, teacher.blocks, used, max_tokens=SAMPLE_TOKENS, seed=recipe.seed, progress=progress)
 
 
@@ -305,12 +313,13 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
         for name in stage:
             progress(len(specs), len(prepared.plans), name)
             statistics = None if prepared.statistics is None else prepared.statistics[name]
+            release()
             spec = initialise(
                 prepared.teacher.blocks[name].spec, prepared.plans[name], statistics,
                 reading=readings.get(name), seed=recipe.seed,
             )  # fmt: skip
             specs[name] = in_dtype(spec, recipe)
-            release()
+    release()
     progress(len(prepared.plans), len(prepared.plans))
     return {name: specs[name] for name in prepared.plans}
 
@@ -345,4 +354,5 @@ def in_dtype(spec: MoESpec, recipe: Recipe) -> MoESpec:
 
 def measure_errors(teacher: Rewritten, student: Rewritten, batches: Sequence[Batch]) -> dict[str, float]:
     """Relative error of each new block on the original's own inputs, over some of the batches."""
+    release()  # the statistics that the start needed
     return block_errors(teacher.blocks, student.blocks, teacher.model, batches[:ERROR_BATCHES])

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
-from latentize.memory import release
-from latentize.output_fit import coefficients, damping, factorise, features, fit, selected
+from latentize.memory import all_finite, release, trim
+from latentize.output_fit import Computed, coefficients, damping, explained, factorise, features, fit, selected
 from latentize.plan import BlockPlan, fits
 from latentize.projections import (
     gram,
@@ -76,7 +76,7 @@ def initialise(
     compute = torch.promote_types(spec.experts.up.dtype, torch.float32)
     if statistics is None or not statistics.tokens:
         start = expand(_from_weights(spec, plan.latent_dim), plan.experts_factor, plan.topk_factor)
-    elif not fits(spec, plan.experts_factor, plan.topk_factor, statistics):
+    elif not fits(spec, plan.experts_factor, statistics):
         start = expand(_from_moments(spec, plan.latent_dim, statistics), plan.experts_factor, plan.topk_factor)
     else:
         start = _from_activations(spec.to(compute), plan, statistics, reading, seed)
@@ -130,6 +130,7 @@ def _from_activations(
     router = _multiply(spec, plan, dropped.to(tokens.hidden.dtype), tokens)
     parents = replace(divided(spec, plan.topk_factor), router=router)  # child c of expert e is number c * N + e
     routing = router_forward(parents, tokens.seen)
+    release()  # the decompositions' workspaces
     children = plan.experts_factor * spec.num_experts
     guesses = local_guesses(down, moment, tokens.hidden * tokens.weights, routing, children)
     start = narrow_inputs(parents, down, guesses, plan.experts_factor)
@@ -211,6 +212,7 @@ def input_sensitivity(spec: MoESpec, hidden: Tensor, routing: Routing, importanc
         for direction in drawn:
             product = torch.autograd.grad(output, x, direction[rows] @ root, retain_graph=True)[0].double()
             total += product.T @ product
+        trim()
     return total / (DRAWS * len(hidden))
 
 
@@ -265,6 +267,7 @@ def narrow_inputs(spec: MoESpec, down: Tensor, guesses: Iterable[Tensor], copies
         wide[child] = (e.up[expert].to(guess.dtype) @ guess).to(dtype)
         if gate is not None and e.gate is not None:
             gate[child] = (e.gate[expert].to(guess.dtype) @ guess).to(dtype)
+        trim()
     zero = e.down.new_zeros(())
     experts = replace(
         e, up=wide, gate=gate, down=zero.expand(count, rank, e.down.shape[2]), num_identity=copies * e.num_identity,
@@ -296,16 +299,16 @@ def fit_output(
         importance: [d, d] metric of output errors.
         weights: [T, 1] of the tokens' residuals.
     """
-    phi = features(start, hidden, routing).scaled(weights)
-    ridge = damping(phi)
-    wide = fit(phi, target * weights, coefficients(full.experts.down, full.experts.down_bias), ridge)
-    up, mix = factorise(phi, wide, importance, start.latent_dim, ridge)
-    del phi
+    phi = features(start, hidden, routing, weights)
+    before = coefficients(full.experts.down, full.experts.down_bias)
+    ridge, wanted = damping(phi), target * weights
+    up, mix = factorise(*explained(phi, wanted, before, ridge), importance, start.latent_dim, ridge)
+    trim()
+    # The fit is linear in what is to be reached and where it starts: mixed before it, less has to be held.
+    fitted = fit(phi, wanted @ mix, Computed(len(before), lambda expert: before[expert] @ mix), ridge)
     m = start.intermediate_size
-    down = wide.new_empty(len(wide), mix.shape[1], m)
-    for expert, rows in enumerate(wide):
-        down[expert] = (rows[:m] @ mix).T
-    bias = None if start.experts.down_bias is None else wide[:, m] @ mix
+    down = fitted[:, :m].mT.contiguous()
+    bias = None if start.experts.down_bias is None else fitted[:, m]
     assert start.latent is not None
     experts = replace(start.experts, down=down, down_bias=bias)
     return replace(start, experts=experts, latent=replace(start.latent, up=up.contiguous()))
@@ -325,7 +328,7 @@ def _check(spec: MoESpec, plan: BlockPlan) -> None:
             f"the block has {found[0]}, {found[1]}, {found[2]}: make a plan for this block"
         )
     for name, tensor in spec.tensors().items():
-        if not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise LatentizeError(f"{plan.name}: {name} {list(tensor.shape)} is not finite; repair the weights")
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from latentize.activations import Activation
 
 #: Bytes of intermediate values that are held at once, about; more tokens are computed in parts.
-AT_ONCE = 64 << 20
+AT_ONCE = 32 << 20
 
 
 class Experts(NamedTuple):

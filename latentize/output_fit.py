@@ -1,23 +1,26 @@
 """The closed-form output side: the routed output regressed on the weighted hidden activations of all latent experts.
 
 Notation: T tokens, F features (N experts x m neurons, plus one per expert where outputs have biases), Φ [T, F] the
-hidden activations times routing weights, zero where an expert was not selected. Φ is never formed: each expert keeps
-its own rows.
+hidden activations times routing weights, zero where an expert was not selected. Φ is never formed: each expert has its
+own rows, which are computed again whenever they are asked for where there are many.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
+from latentize.memory import trim
 from latentize.projections import leading, square_root
 from latentize.routing import Routing
 from latentize.spec import ExpertsSpec, MoESpec
 
-#: Above this many features ΦᵀΦ is not formed and experts are fitted in turn.
-DENSE_FEATURES = 16384
+#: Above this many features neither Φ nor ΦᵀΦ is kept, and experts are fitted in turn.
+DENSE_FEATURES = 4096
 
 #: Times that they are: one comes within 7 % of the exact fit's error, three within 1 %.
 SWEEPS = 3
@@ -25,6 +28,8 @@ SWEEPS = 3
 #: Ridge of the fit relative to the mean square of a feature.
 RIDGE = 3e-3
 
+#: Rows that are widened to fp64 at once.
+_ROWS_AT_ONCE = 4096
 
 #: Bytes that a fit may take, the fp32 copies of its weights included.
 FIT_BYTES = 16 * 2**30
@@ -34,24 +39,24 @@ FIT_BYTES = 16 * 2**30
 class Features:
     """Φ by experts: expert e is non-zero on `tokens[e]` [n_e] only, where it has the columns `columns[e]` [n_e, f]."""
 
-    tokens: list[Tensor]
-    columns: list[Tensor]
+    tokens: Sequence[Tensor]
+    columns: Sequence[Tensor]
     count: int  # T
+    width: int  # f
 
     @property
-    def width(self) -> int:
-        """Features f of one expert."""
-        return self.columns[0].shape[1]
+    def size(self) -> int:
+        """F."""
+        return len(self.tokens) * self.width
 
-    def scaled(self, weights: Tensor) -> Features:
-        """diag(weights) Φ, in place; weights [T, 1]."""
-        for token, column in zip(self.tokens, self.columns, strict=True):
-            column *= weights[token]
-        return self
+    @property
+    def dense(self) -> bool:
+        """Whether ΦᵀΦ may be formed."""
+        return self.size <= DENSE_FEATURES
 
-    def times(self, coefficients: Tensor) -> Tensor:
+    def times(self, coefficients: Tensor | Sequence[Tensor]) -> Tensor:
         """Φ B: [T, c] from B [N, f, c], or fewer experts' [n, f, c] where expert e has what e mod n has."""
-        product = coefficients.new_zeros(self.count, coefficients.shape[2])
+        product = coefficients[0].new_zeros(self.count, coefficients[0].shape[1])
         for expert, (token, column) in enumerate(zip(self.tokens, self.columns, strict=True)):
             product.index_add_(0, token, column @ coefficients[expert % len(coefficients)])
         return product
@@ -77,28 +82,62 @@ class Features:
         return total
 
 
-def fit_bytes(spec: MoESpec, tokens: int, experts_factor: int = 1, topk_factor: int = 1) -> int:
-    """Bytes that fitting the output side of a block takes, about: weights, features and coefficients in fp32."""
+def fit_bytes(spec: MoESpec, tokens: int, experts_factor: int = 1) -> int:
+    """Bytes that fitting the output side of a block takes, about: weights, latent weights and tokens in fp32."""
     n, m, d = spec.num_experts, spec.intermediate_size, spec.hidden_size
     weights = n * m * d * (3 if spec.gated else 2)
-    held = (1 + experts_factor) * weights + 3 * experts_factor * n * m * d + tokens * topk_factor * spec.top_k * m
-    return 4 * held
+    return 4 * ((1 + experts_factor) * weights + 6 * tokens * d)
 
 
-def features(spec: MoESpec, hidden: Tensor, routing: Routing) -> Features:
-    """Φ of a block on hidden [T, d] under a routing, in the dtype of `hidden`."""
-    tokens, columns = [], []
+def features(spec: MoESpec, hidden: Tensor, routing: Routing, weights: Tensor | None = None) -> Features:
+    """Φ of a block on hidden [T, d] under a routing, in the dtype of `hidden`.
+
+    Args:
+        spec: the block.
+        hidden: [T, d].
+        routing: of these tokens.
+        weights: [T, 1] that each token's row is multiplied by; None for ones.
+    """
     latent = hidden if spec.latent is None else hidden @ spec.latent.down.to(hidden.dtype).T
-    on_input = spec.router.applies_to == "input"
-    for expert in range(spec.num_experts):
+    experts, on_input = spec.experts, spec.router.applies_to == "input"
+
+    def columns(expert: int) -> Tensor:
         token, weight = selected(routing, expert)
-        gate, up = preactivations(spec.experts, expert, latent[token] * weight if on_input else latent[token])
-        h = spec.experts.activation(gate, up)
-        if spec.experts.down_bias is not None:
+        gate, up = preactivations(experts, expert, latent[token] * weight if on_input else latent[token])
+        h = experts.activation(gate, up)
+        if experts.down_bias is not None:
             h = torch.cat([h, h.new_ones(len(h), 1)], dim=1)
-        tokens.append(token)
-        columns.append(h if on_input else h * weight)
-    return Features(tokens, columns, len(hidden))
+        if not on_input:
+            h = h * weight
+        return h if weights is None else h * weights[token]
+
+    width = spec.intermediate_size + (experts.down_bias is not None)
+    tokens = [selected(routing, expert)[0] for expert in range(spec.num_experts)]
+    found = Features(tokens, Computed(spec.num_experts, columns), len(hidden), width)
+    return replace(found, columns=list(found.columns)) if found.dense else found
+
+
+@dataclass(frozen=True)
+class Computed(Sequence[Tensor]):
+    """A tensor for each expert, computed whenever it is asked for."""
+
+    length: int
+    compute: Callable[[int], Tensor]
+
+    def __len__(self) -> int:
+        return self.length
+
+    @overload
+    def __getitem__(self, expert: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, expert: slice) -> list[Tensor]: ...
+    def __getitem__(self, expert: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(expert, slice):
+            return [self[e] for e in range(*expert.indices(self.length))]
+        if not 0 <= expert < self.length:
+            raise IndexError(expert)
+        trim()
+        return self.compute(expert)
 
 
 def selected(routing: Routing, expert: int) -> tuple[Tensor, Tensor]:
@@ -115,49 +154,88 @@ def preactivations(experts: ExpertsSpec, expert: int, x: Tensor) -> tuple[Tensor
 
 def damping(phi: Features) -> float:
     """λ of the ridge: small beside the mean square of Φ's columns, unless features outnumber tokens."""
-    size = len(phi.columns) * phi.width
-    mean = sum(c.double().square().sum().item() for c in phi.columns) / size
-    return RIDGE * (1.0 + 10.0 * (size / phi.count) ** 2) * mean + torch.finfo(torch.float64).tiny
+    mean = sum(c.double().square().sum().item() for c in phi.columns) / phi.size
+    return RIDGE * (1.0 + 10.0 * (phi.size / phi.count) ** 2) * mean + torch.finfo(torch.float64).tiny
 
 
-def fit(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """B [N, f, d] minimising ‖target − Φ B‖² + λ ‖B − start‖².
+def fit(phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float) -> Tensor:
+    """B [N, f, c] minimising ‖target − Φ B‖² + λ ‖B − start‖².
 
     Args:
         phi: the features; those of an expert without tokens are zero, so that its coefficients stay at `start`.
-        target: [T, d].
-        start: [N, f, d], or [n, f, d] where expert e starts at start[e mod n].
+        target: [T, c].
+        start: [N, f, c], or [n, f, c] where expert e starts at start[e mod n]; looked at one expert at a time.
         ridge: λ.
     """
-    experts, (width, d) = len(phi.columns), start.shape[1:]
-    if experts * width > DENSE_FEATURES:
-        return _expert_by_expert(phi, target, start, ridge)
+    experts = len(phi.tokens)
+    if phi.dense:
+        change = _change(phi, target, start, ridge)
+    else:
+        # B - start, in the memory of B at last: [N, c, f], which is how output weights are stored.
+        change = target.new_zeros(experts, target.shape[1], phi.width).mT
+        left = target - phi.times(start)
+        for _ in range(SWEEPS):
+            for expert in range(experts):
+                further = _own_change(phi, expert, left, change[expert], ridge)
+                if further is not None:
+                    change[expert] += further
+    for expert in range(experts):
+        change[expert] += start[expert % len(start)]
+    return change
+
+
+def explained(
+    phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float
+) -> tuple[Tensor, Tensor]:
+    """What the B of `fit` predicts, Φ B [T, c], and Σ_e B_eᵀ B_e [c, c] in fp64, without keeping B.
+
+    Where experts are fitted in turn it is the B of one turn.
+    """
+    experts = len(phi.tokens)
+    if phi.dense:
+        fitted = fit(phi, target, start, ridge)
+        return phi.times(fitted), _gram(fitted.flatten(0, 1))
+    left, gram = target - phi.times(start), target.new_zeros(target.shape[1], target.shape[1], dtype=torch.float64)
+    for expert in range(experts):
+        rows = start[expert % len(start)]
+        change = _own_change(phi, expert, left, torch.zeros_like(rows), ridge)
+        gram += _gram(rows if change is None else rows + change)
+    return target - left, gram
+
+
+def _change(phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float) -> Tensor:
+    """B - start [N, f, c] from the normal equations of all experts."""
     residual = phi.transposed_times(target - phi.times(start))
     normal = phi.gram()
     normal.diagonal().add_(ridge)
-    change = torch.linalg.solve(normal, residual.reshape(-1, d).double())
-    fitted = start.repeat(experts // len(start), 1, 1)
-    fitted += change.view(experts, width, d).to(start.dtype)
-    return fitted
+    change: Tensor = torch.linalg.solve(normal, residual.flatten(0, 1).double()).view(residual.shape)
+    return change.to(target.dtype)
 
 
-def _expert_by_expert(phi: Features, target: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """`fit` for many features: each expert in turn explains what the others leave, `SWEEPS` times over all.
+def _own_change(phi: Features, expert: int, left: Tensor, moved: Tensor, ridge: float) -> Tensor | None:
+    """The change [f, c] of one expert's coefficients that explains what is `left` [T, c] best, and is taken off it.
 
-    Beside B it holds one expert's own f x f system and what is left of the target [T, d].
+    `moved` [f, c] is how far they are from the start. None for an expert without tokens.
     """
-    fitted, left = start.repeat(len(phi.columns) // len(start), 1, 1), target - phi.times(start)
-    for _ in range(SWEEPS):
-        for expert, (token, column) in enumerate(zip(phi.tokens, phi.columns, strict=True)):
-            if not len(token):
-                continue
-            normal = (column.T @ column).double()
-            normal.diagonal().add_(ridge)
-            gradient = column.T @ left[token] - ridge * (fitted[expert] - start[expert % len(start)])
-            change = torch.cholesky_solve(gradient.double(), torch.linalg.cholesky(normal)).to(fitted.dtype)
-            fitted[expert] += change
-            left.index_add_(0, token, column @ -change)
-    return fitted
+    token = phi.tokens[expert]
+    if not len(token):
+        return None
+    column = phi.columns[expert]
+    normal = (column.T @ column).double()
+    normal.diagonal().add_(ridge)
+    gradient = column.T @ left[token] - ridge * moved
+    change = torch.cholesky_solve(gradient.double(), torch.linalg.cholesky(normal)).to(left.dtype)
+    left.index_add_(0, token, column @ -change)
+    return change
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """rowsᵀ rows in fp64."""
+    total = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in rows.split(_ROWS_AT_ONCE):
+        wide = part.double()
+        total += wide.T @ wide
+    return total
 
 
 def coefficients(down: Tensor, down_bias: Tensor | None) -> Tensor:
@@ -166,26 +244,23 @@ def coefficients(down: Tensor, down_bias: Tensor | None) -> Tensor:
     return rows if down_bias is None else torch.cat([rows, down_bias.unsqueeze(1)], dim=1)
 
 
-def factorise(phi: Features, fitted: Tensor, metric: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
+def factorise(predicted: Tensor, gram: Tensor, metric: Tensor, rank: int, ridge: float) -> tuple[Tensor, Tensor]:
     """U [d, rank] with orthonormal columns, and V [d, rank] such that B V are the coefficients at that width.
 
     Together they keep most of the *predictions* Φ B, errors being measured by eᵀ M e: with R = M^½, the rank-l
     truncation of Φ B R keeps W, the leading eigenvectors of R Bᵀ(ΦᵀΦ + λ)B R, hence U = R⁻¹ W and coefficients B R W.
 
     Args:
-        phi: the features.
-        fitted: B [N, f, d].
+        predicted: Φ B [T, d].
+        gram: Bᵀ B [d, d] in fp64.
         metric: M [d, d], positive definite.
         rank: l.
         ridge: λ of the fit, so that outputs no token shows still have directions.
     """
-    root = square_root(metric.to(fitted.device, torch.float64))
-    predicted, gram = phi.times(fitted).double(), torch.zeros_like(root)
-    for rows in fitted:
-        gram += rows.double().T @ rows.double()
-    basis = leading(root @ (predicted.T @ predicted + ridge * gram) @ root, rank)
+    root = square_root(metric.to(predicted.device, torch.float64))
+    basis = leading(root @ (_gram(predicted) + ridge * gram) @ root, rank)
     up, mix = torch.linalg.qr(torch.linalg.solve(root, basis))
-    return up.to(fitted.dtype), (root @ basis @ mix.T).to(fitted.dtype)
+    return up.to(predicted.dtype), (root @ basis @ mix.T).to(predicted.dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int) -> Tensor:

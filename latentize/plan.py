@@ -113,10 +113,10 @@ def _together(plans: dict[str, BlockPlan], forecast: Forecast) -> dict[str, Bloc
     }
 
 
-def fits(spec: MoESpec, experts_factor: int, topk_factor: int, statistics: BlockStatistics) -> bool:
+def fits(spec: MoESpec, experts_factor: int, statistics: BlockStatistics) -> bool:
     """Whether there are tokens to fit a block's output side on, and memory to do it in."""
     tokens = len(statistics.sample.hidden)
-    return tokens > 0 and fit_bytes(spec, tokens, experts_factor, topk_factor) <= FIT_BYTES
+    return tokens > 0 and fit_bytes(spec, tokens, experts_factor) <= FIT_BYTES
 
 
 def _cautions(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics | None, *, tried: bool) -> Iterator[str]:
@@ -125,8 +125,8 @@ def _cautions(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics | None
         return
     yield from statistics.warnings
     tokens = len(statistics.sample.hidden)
-    if tokens and not fits(spec, plan.experts_factor, plan.topk_factor, statistics):
-        size = fit_bytes(spec, tokens, plan.experts_factor, plan.topk_factor) / 2**30
+    if tokens and not fits(spec, plan.experts_factor, statistics):
+        size = fit_bytes(spec, tokens, plan.experts_factor) / 2**30
         yield (
             f"{plan.name}: its output side is truncated and not fitted: a fit would take {size:,.0f} GiB, "
             f"more than {FIT_BYTES / 2**30:.0f}"

@@ -266,7 +266,7 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
         run_export.check_checkpoints(job, prepared)
     with job.steps.step("initialise") as progress:
         specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))
-    return prepared, specs
+    return prepared.after_start(), specs
 
 
 def _heal(

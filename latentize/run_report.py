@@ -182,9 +182,8 @@ def _model(job: Job, result: Result) -> Model:
 def _calibration(job: Job, prepared: Prepared) -> Calibration | None:
     if not job.batches:
         return None
-    tokens = max((block.tokens for block in (prepared.statistics or {}).values()), default=0)
     steps = HealPlan.chosen(job.options.recipe.heal_steps).steps
-    return Calibration(len(job.batches), tokens, steps)
+    return Calibration(len(job.batches), prepared.tokens, steps)
 
 
 def _files(folder: Path) -> Iterator[File]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latentize.errors import LatentizeError, first_line
 from latentize.inputs import owned
+from latentize.memory import all_finite
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 Form = Literal["file", "hf", "pt2", "module"]
@@ -132,7 +133,7 @@ def check_finite(model: nn.Module) -> None:
         if stored.is_meta or not stored.is_floating_point():
             continue
         tensor = stored.float() if stored.element_size() < 2 else stored  # no arithmetic is defined on eight bits
-        if bool(torch.isfinite(tensor).all()):
+        if all_finite(tensor):
             continue
         nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
         module, _, short = name.rpartition(".")

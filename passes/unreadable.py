@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from latentize.memory import all_finite
+
 #: Bits below which a floating-point dtype only stores weights: no arithmetic is defined on it.
 _ARITHMETIC_BITS = 16
 
@@ -25,6 +27,6 @@ def unreadable(module: nn.Module, path: str) -> str:
         if tensor.element_size() * 8 < _ARITHMETIC_BITS:
             kind_name = str(tensor.dtype).removeprefix("torch.")
             return f"{name} {shape} is stored as {kind_name}; dequantise it first (model.to(torch.bfloat16))"
-        if not bool(tensor.isfinite().all()) and isinstance(tensor, nn.Parameter):
+        if isinstance(tensor, nn.Parameter) and not all_finite(tensor):
             return f"{name} {shape} holds NaN or Inf; repair the weights"
     return ""

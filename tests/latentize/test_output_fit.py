@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentize import output_fit
-from latentize.output_fit import Features, coefficients, damping, factorise, features, fit
+from latentize.output_fit import Features, coefficients, damping, explained, factorise, features, fit
 from latentize.reference import experts_forward, router_forward
 from latentize.spec import ExpertsSpec, MoESpec, RouterSpec
 
@@ -50,7 +50,7 @@ def test_features_times_output_weights_are_the_routed_output(biases: bool, appli
 def test_products_and_gram_are_those_of_the_dense_matrix() -> None:
     spec = make_spec()
     x, y = random(T, D, seed=6), random(T, D, seed=7)
-    phi = features(spec, x, router_forward(spec, x)).scaled(random(T, 1, seed=8).exp())
+    phi = features(spec, x, router_forward(spec, x), random(T, 1, seed=8).exp())
     matrix = dense(phi)
     torch.testing.assert_close(phi.gram(), matrix.T @ matrix)
     torch.testing.assert_close(phi.transposed_times(y).flatten(0, 1), matrix.T @ y)
@@ -90,6 +90,43 @@ def test_a_few_sweeps_over_the_experts_gain_nearly_all_there_is_to_gain(monkeypa
     assert not start.any()
 
 
+@pytest.mark.parametrize("most", [output_fit.DENSE_FEATURES, 0], ids=["dense", "iterative"])
+def test_what_is_explained_is_what_the_fit_predicts(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_fit, "DENSE_FEATURES", most)
+    monkeypatch.setattr(output_fit, "SWEEPS", 1)
+    spec = make_spec(biases=True)
+    x, y = random(T, D, seed=6), random(T, D, seed=7)
+    start = random(N, M + 1, D, seed=9)
+    phi = features(spec, x, router_forward(spec, x))
+    predicted, gram = explained(phi, y, start, 3.0)
+    fitted = fit(phi, y, start, 3.0)
+    torch.testing.assert_close(predicted, phi.times(fitted))
+    torch.testing.assert_close(gram, fitted.flatten(0, 1).T @ fitted.flatten(0, 1))
+
+
+@pytest.mark.parametrize("most", [output_fit.DENSE_FEATURES, 0], ids=["dense", "iterative"])
+def test_a_fit_of_mixed_outputs_is_the_mixed_fit(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_fit, "DENSE_FEATURES", most)
+    spec = make_spec()
+    x, y, mix = random(T, D, seed=6), random(T, D, seed=7), random(D, 4, seed=8)
+    start = random(1, M, D, seed=9)  # every expert's
+    phi = features(spec, x, router_forward(spec, x))
+    torch.testing.assert_close(fit(phi, y @ mix, start @ mix, 3.0), fit(phi, y, start, 3.0) @ mix)
+
+
+def test_columns_that_are_not_kept_are_the_kept_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(biases=True)
+    x, weights = random(T, D, seed=6), random(T, 1, seed=8).exp()
+    kept = features(spec, x, router_forward(spec, x), weights)
+    monkeypatch.setattr(output_fit, "DENSE_FEATURES", 0)
+    computed = features(spec, x, router_forward(spec, x), weights)
+    assert isinstance(kept.columns, list)
+    assert not isinstance(computed.columns, list)
+    assert len(computed.columns) == N
+    for one, other in zip(kept.columns, computed.columns, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_expert_without_tokens_stays_at_the_start() -> None:
     spec = make_spec()
     x = random(T, D, seed=6)
@@ -109,7 +146,8 @@ def test_the_factors_are_the_best_of_their_rank_in_the_metric() -> None:
     b = random(N, M, D, seed=9)
     half = random(D, D, seed=10)
     metric = half @ half.T + 0.1 * torch.eye(D, dtype=torch.float64)
-    up, mix = factorise(phi, b, metric, 4, 0.0)
+    rows = b.flatten(0, 1)
+    up, mix = factorise(phi.times(b), rows.T @ rows, metric, 4, 0.0)
     torch.testing.assert_close(up.T @ up, torch.eye(4, dtype=torch.float64))
     root = torch.linalg.cholesky(metric)
     lost = (phi.times(b) - phi.times(b @ mix) @ up.T) @ root
