@@ -22,6 +22,9 @@ from latentize.ties import TIE, group_ties
 
 #: Relative error of the routing weights below which a rule is taken for a hypothesis; routers often compute in fp32.
 FITS = 2e-5
+#: Why no rule fits.
+NO_SELECTION = "its selection is not the top-k of any supported score of its logits"
+NO_WEIGHTS = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ def fit_router(
     selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()
     dense = torch.zeros_like(logits).scatter(1, indices, weights.double())
     target = _Target(logits, selected, dense, indices.shape[1], experts, clear)
-    reason = "its selection is not the top-k of any supported score of its logits"
-    others = _elsewhere(region.head, indices, target)
+    reason = NO_SELECTION
+    others: list[_Target] | None = None
     doubtful: list[_Match] = []  # rules that select alike for the recorded tokens and otherwise for others
     for factor in (None, *_temperatures(region)):
         scaled = target if factor is None else replace(target, logits=logits * float(factor.recorded()))
@@ -85,18 +88,19 @@ def fit_router(
                 continue
             if not _selects(rule, _capped(scaled.logits, rule), scaled):
                 continue
-            reason = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
+            reason = NO_WEIGHTS
             match = _Match(rule, bounds, factor)
+            others = _elsewhere(region.head, indices, target) if others is None else others
             if not all(_selects(rule, _capped(other.logits, rule), other) for other in match.scaled(others)):
                 doubtful.append(match)
                 continue
             found = _weighed(region, match, scaled, applies_to)
             if found is not None:
                 return found, ""
-        if factor is None and "selection" in reason:
+        if factor is None and reason == NO_SELECTION:
             break
     for match in doubtful:
-        found = _weighed(region, match, *match.scaled([target]), applies_to)
+        found = _weighed(region, match, match.scaled([target])[0], applies_to)
         if found is not None:
             return found, ""
     return None, reason
