@@ -21,6 +21,7 @@ from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
 from latentize.passes.double import dtype_of, in_double
 from latentize.passes.lift import Binding
+from latentize.passes.lift_experts import NOT_A_SUM
 from latentize.passes.lift_router import NO_SELECTION, NO_WEIGHTS
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
@@ -209,7 +210,7 @@ def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) 
     lifts = lift_module(module, prober, inner)
     found = [_prove(module, path, prober, item) for item in lifts.found]
     reasons = list(dict.fromkeys(lifts.reasons))
-    if {NO_SELECTION, NO_WEIGHTS} & {*reasons}:
+    if any(reason.startswith((NO_SELECTION, NO_WEIGHTS, NOT_A_SUM)) for reason in reasons):
         reasons = [_overflow(in_double(module), prober) or reasons[0], *reasons[1:]]
     found += [Found(_refused(path or ".", reason)) for reason in reasons]
     return found, lifts.settled

@@ -19,6 +19,8 @@ from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
 from latentize.passes.leaves import Role, groupings, readings, sharded_readings, stack
 
+#: Why no reading fits.
+NOT_A_SUM = "its routed output is not a weighted sum of the selected experts' outputs"
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
 #: Smallest pivot of the Gram matrix of a token's expert outputs, at unit length, above which its weights are unique.
@@ -124,10 +126,7 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
                     best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
     if best[0] == float("inf"):
         return None, _misfit(grouped, region)
-    return None, (
-        "its routed output is not a weighted sum of the selected experts' outputs: "
-        f"{best[1]} leaves relative error {best[0]:.1e}"
-    )
+    return None, f"{NOT_A_SUM}: {best[1]} leaves relative error {best[0]:.1e}"
 
 
 def _parts(reading: _Reading) -> tuple[Bound | None, Bound, Bound, Bound | None, Bound | None, Bound | None]:
