@@ -40,6 +40,12 @@ _HINTS = {
     "hardtanh_": ("relu6",), "exp": ("silu", "sigmoid", "tanh", "elu"), "pow": ("relu_squared", "gelu_tanh"),
 }  # fmt: skip
 
+#: Calls that are not linear in what they read.
+_CURVED = frozenset(
+    {*_HINTS, "_softmax", "abs", "cos", "log", "log_sigmoid_forward", "native_layer_norm", "reciprocal", "round",
+     "rsqrt", "sign", "sin", "sqrt"}
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ExpertsFit:
@@ -126,7 +132,13 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
                     best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
     if best[0] == float("inf"):
         return None, _misfit(grouped, region)
-    return None, f"{NOT_A_SUM}: {best[1]} leaves relative error {best[0]:.1e}"
+    return None, f"{NOT_A_SUM}: {best[1]} leaves relative error {best[0]:.1e}{_curves(region)}"
+
+
+def _curves(region: Region) -> str:
+    """The non-linear functions that the experts use, in words; "" where none is seen."""
+    used = {c.name.strip("_") for c in region.calls if c.name in _CURVED and any(v in region.fed for v in c.inputs)}
+    return f"; they use {', '.join(sorted(used))}" if used else ""
 
 
 def _parts(reading: _Reading) -> tuple[Bound | None, Bound, Bound, Bound | None, Bound | None, Bound | None]:
