@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from latentize import ops
 from latentize.blocks import Block
@@ -288,15 +288,21 @@ def _overflow(module: nn.Module, prober: Prober) -> str:
     if inputs is None:
         return ""
     try:
-        outputs = run_double(module, inputs)
+        dropped = any(
+            _tells_equal_tokens_apart(output.reshape(MANY, -1), module, prober)
+            for output in run_double(module, inputs)
+            if output.is_floating_point() and output.shape[-2:-1] == (MANY,)
+        )
     except Exception:  # so many tokens are more than it takes
         return ""
-    for output in (o for o in outputs if o.is_floating_point() and o.shape[-2:-1] == (MANY,)):
-        rows = output.reshape(MANY, -1)
-        apart = (rows - rows[0]).norm(dim=1) > ORDER * rows[0].norm()
-        if bool(apart.any()) and (not bool(apart[:FIRST].any()) or _is_tokenwise(module, prober)):
-            return f"tokens past an expert's capacity are dropped: of {MANY} equal tokens not all get the same output"
-    return ""
+    reason = f"tokens past an expert's capacity are dropped: of {MANY} equal tokens not all get the same output"
+    return reason if dropped else ""
+
+
+def _tells_equal_tokens_apart(rows: Tensor, module: nn.Module, prober: Prober) -> bool:
+    """Whether the outputs [T, d] of equal tokens differ, and not because the module knows their places."""
+    apart = (rows - rows[0]).norm(dim=1) > ORDER * rows[0].norm()
+    return bool(apart.any()) and (not bool(apart[:FIRST].any()) or _is_tokenwise(module, prober))
 
 
 def _places(
