@@ -138,7 +138,7 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
 def _curves(region: Region) -> str:
     """The non-linear functions that the experts use, in words; "" where none is seen."""
     used = {c.name.strip("_") for c in region.calls if c.name in _CURVED and any(v in region.fed for v in c.inputs)}
-    return f"; they use {', '.join(sorted(used))}" if used else ""
+    return f" (they use {', '.join(sorted(used))})" if used else ""
 
 
 def _parts(reading: _Reading) -> tuple[Bound | None, Bound, Bound, Bound | None, Bound | None, Bound | None]:
