@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from latentize.passes.copying import deep_copy
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,12 +34,12 @@ def in_double(module: nn.Module, known: Mapping[int, Tensor] | None = None) -> n
         if type(parameter) is nn.Parameter and parameter.is_floating_point() and id(parameter) not in memo:
             wide = parameter.detach().to(torch.float64, copy=True)  # copied once, not first as it is
             memo[id(parameter)] = nn.Parameter(wide, requires_grad=parameter.requires_grad)
-    return widen(evaluating(copy.deepcopy(module, memo).double()))
+    return widen(evaluating(deep_copy(module, memo).double()))
 
 
 def in_own_dtype(module: nn.Module) -> nn.Module:
     """A copy of the module in eval mode that has its own buffers and reads the module's parameters."""
-    return evaluating(copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()}))
+    return evaluating(deep_copy(module, {id(parameter): parameter for parameter in module.parameters()}))
 
 
 def widen(module: nn.Module) -> nn.Module:

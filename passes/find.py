@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from latentize import ops
 from latentize.blocks import Block
@@ -19,8 +19,10 @@ from latentize.errors import first_line
 from latentize.memory import release
 from latentize.passes import graph, together
 from latentize.passes.cut import verify_cut
-from latentize.passes.double import dtype_of
+from latentize.passes.double import dtype_of, in_double
 from latentize.passes.lift import Binding
+from latentize.passes.lift_experts import NOT_A_SUM
+from latentize.passes.lift_router import NO_SELECTION, NO_WEIGHTS
 from latentize.passes.place import parts_site, whole_site
 from latentize.passes.place_graph import capture_at, finish_prefix, graph_site
 from latentize.passes.probes import MANY, Inputs, Prober
@@ -38,6 +40,8 @@ _log = logging.getLogger(__name__)
 
 #: Relative difference above which outputs are taken to depend on the order of the tokens.
 ORDER = 1e-5
+#: Tokens that differ among equal ones where a block knows their places, and are alike where a capacity is not yet full.
+FIRST = 16
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,10 @@ def _in_module(module: nn.Module, path: str, prober: Prober, inner: str | None) 
     """
     lifts = lift_module(module, prober, inner)
     found = [_prove(module, path, prober, item) for item in lifts.found]
-    found += [Found(_refused(path or ".", reason)) for reason in dict.fromkeys(lifts.reasons)]
+    reasons = list(dict.fromkeys(lifts.reasons))
+    if any(reason.startswith((NO_SELECTION, NO_WEIGHTS, NOT_A_SUM)) for reason in reasons):
+        reasons = [_overflow(in_double(module), prober) or reasons[0], *reasons[1:]]
+    found += [Found(_refused(path or ".", reason)) for reason in reasons]
     return found, lifts.settled
 
 
@@ -223,7 +230,7 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         bound = spec(module)
         projected = replace(bound, latent=None)
         return Found(Block(name, "latent", "it has latent projections already", projected))
-    if binding.separate_router_input and not _is_tokenwise(item, prober):
+    if binding.separate_router_input and not _is_tokenwise(item.randomised, prober):
         return Found(_refused(name, "its router reads other tokens than the one it routes"))
     reasons: list[str] = []
     for site, template in _places(module, path, item, reasons):
@@ -252,7 +259,7 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         if reason == EMPTY:
             break
     reason = reasons[-1] if reasons else "what lies around the routed path could not be rewritten"
-    return Found(_refused(name, _overflow(item, prober) or reason))
+    return Found(_refused(name, _overflow(item.randomised, prober) or reason))
 
 
 def _join(*paths: str) -> str:
@@ -265,30 +272,37 @@ def _common(one: str, other: str) -> str:
     return _join(*(part for part, _ in pairs))
 
 
-def _is_tokenwise(item: Trial, prober: Prober) -> bool:
+def _is_tokenwise(module: nn.Module, prober: Prober) -> bool:
     """Whether a module gives the same outputs when its tokens are reversed; true when that cannot be tried."""
     inputs = prober.random("order", 2, 9, seed=77)
     if inputs is None or prober.hidden is None or prober.hidden.dim() > 3:
         return True
-    ahead, back = (run_double(item.randomised, i) for i in (inputs, prober.reversed(inputs)))
+    ahead, back = (run_double(module, i) for i in (inputs, prober.reversed(inputs)))
     pairs = [(a, b.flip(tuple(range(b.dim() - 1)))) for a, b in zip(ahead, back, strict=True) if a.dim() > 1]
     return all(float((a - b).norm()) <= ORDER * float(a.norm()) for a, b in pairs if a.is_floating_point())
 
 
-def _overflow(item: Trial, prober: Prober) -> str:
+def _overflow(module: nn.Module, prober: Prober) -> str:
     """Says so when tokens past a capacity are dropped: many equal tokens do not all get the same; "" otherwise."""
     inputs = prober.alike(SEED)
-    if inputs is None or not _is_tokenwise(item, prober):
+    if inputs is None:
         return ""
     try:
-        outputs = run_double(item.randomised, inputs)
+        dropped = any(
+            _tells_equal_tokens_apart(output.reshape(MANY, -1), module, prober)
+            for output in run_double(module, inputs)
+            if output.is_floating_point() and output.shape[-2:-1] == (MANY,)
+        )
     except Exception:  # so many tokens are more than it takes
         return ""
-    for output in (o for o in outputs if o.is_floating_point() and o.shape[-2:-1] == (MANY,)):
-        rows = output.reshape(MANY, -1)
-        if float((rows - rows[0]).norm()) > ORDER * float(rows.norm()):
-            return f"tokens past an expert's capacity are dropped: of {MANY} equal tokens not all get the same output"
-    return ""
+    reason = f"tokens past an expert's capacity are dropped: of {MANY} equal tokens not all get the same output"
+    return reason if dropped else ""
+
+
+def _tells_equal_tokens_apart(rows: Tensor, module: nn.Module, prober: Prober) -> bool:
+    """Whether the outputs [T, d] of equal tokens differ, and not because the module knows their places."""
+    apart = (rows - rows[0]).norm(dim=1) > ORDER * rows[0].norm()
+    return bool(apart.any()) and (not bool(apart[:FIRST].any()) or _is_tokenwise(module, prober))
 
 
 def _places(

@@ -16,6 +16,8 @@ from latentize.passes.head import Head, weight_first
 _SCALES = frozenset({"mul", "div", "add", "sub", "neg"})
 #: Calls that pick some of the rows.
 PICKS = frozenset({"slice", "narrow", "split", "split_with_sizes", "chunk", "index_select", "select", "unbind"})
+#: Calls that measure how far rows are from others.
+_DISTANCES = frozenset({"cdist", "_cdist_forward", "_euclidean_dist", "pairwise_distance"})
 #: Calls at the end of a chain that are left to what follows.
 _TRAILING = graph.RESHAPES | graph.TURNS | {"add", "sub"}
 
@@ -51,6 +53,9 @@ def find_heads(recording: Recording) -> tuple[list[Head], list[Note]]:
             notes.append(Note(call, reason, near="no", final=final))
         elif found:
             by_projections.setdefault(frozenset(found), []).append(call)
+        elif any(v.call is not None and v.call.name in _DISTANCES for v in graph.ancestors(call.inputs[:1])):
+            reason = "it selects experts by the distance of a token from centroids, not by a projection of it"
+            notes.append(Note(call, reason, near="beside experts"))
     heads = []
     for calls, chosen in by_projections.items():
         head = _joined(recording, calls, chosen) if len(calls) > 1 else _head(recording, next(iter(calls)), chosen)

@@ -19,6 +19,8 @@ from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
 from latentize.passes.leaves import Role, groupings, readings, sharded_readings, stack
 
+#: Why no reading fits.
+NOT_A_SUM = "its routed output is not a weighted sum of the selected experts' outputs"
 #: Relative distance from the span below which a reading is taken for a hypothesis; verification decides.
 FITS = 1e-5
 #: Smallest pivot of the Gram matrix of a token's expert outputs, at unit length, above which its weights are unique.
@@ -37,6 +39,12 @@ _HINTS = {
     "clamp": ("relu", "relu6", "relu_squared"), "clamp_min": ("relu", "relu_squared"), "threshold": ("relu",),
     "hardtanh_": ("relu6",), "exp": ("silu", "sigmoid", "tanh", "elu"), "pow": ("relu_squared", "gelu_tanh"),
 }  # fmt: skip
+
+#: Calls that are not linear in what they read.
+_CURVED = frozenset(
+    {*_HINTS, "_softmax", "abs", "cos", "log", "log_sigmoid_forward", "native_layer_norm", "reciprocal", "round",
+     "rsqrt", "sign", "sin", "sqrt"}
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,10 +132,13 @@ def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) 
                     best = min(best, (residual, f"best reading ({activation.describe(reading.gate is not None)})"))
     if best[0] == float("inf"):
         return None, _misfit(grouped, region)
-    return None, (
-        "its routed output is not a weighted sum of the selected experts' outputs: "
-        f"{best[1]} leaves relative error {best[0]:.1e}"
-    )
+    return None, f"{NOT_A_SUM}: {best[1]} leaves relative error {best[0]:.1e}{_curves(region)}"
+
+
+def _curves(region: Region) -> str:
+    """The non-linear functions that the experts use, in words; "" where none is seen."""
+    used = {c.name.strip("_") for c in region.calls if c.name in _CURVED and any(v in region.fed for v in c.inputs)}
+    return f" (they use {', '.join(sorted(used))})" if used else ""
 
 
 def _parts(reading: _Reading) -> tuple[Bound | None, Bound, Bound, Bound | None, Bound | None, Bound | None]:

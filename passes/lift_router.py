@@ -15,12 +15,16 @@ from latentize.passes import graph
 from latentize.passes.bound import Bound
 from latentize.passes.detect import Region
 from latentize.passes.head import Head
+from latentize.passes.replay import replays
 from latentize.routing import normalize, score, selection_scores
 from latentize.spec import Groups, RouterSpec
 from latentize.ties import TIE, group_ties
 
 #: Relative error of the routing weights below which a rule is taken for a hypothesis; routers often compute in fp32.
 FITS = 2e-5
+#: Why no rule fits.
+NO_SELECTION = "its selection is not the top-k of any supported score of its logits"
+NO_WEIGHTS = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
 
 
 @dataclass(frozen=True)
@@ -74,25 +78,79 @@ def fit_router(
     selected = torch.zeros_like(logits).scatter(1, indices, 1.0).bool()
     dense = torch.zeros_like(logits).scatter(1, indices, weights.double())
     target = _Target(logits, selected, dense, indices.shape[1], experts, clear)
-    reason = "its selection is not the top-k of any supported score of its logits"
+    reason = NO_SELECTION
+    others: list[_Target] | None = None
+    doubtful: list[_Match] = []  # rules that select alike for the recorded tokens and otherwise for others
     for factor in (None, *_temperatures(region)):
         scaled = target if factor is None else replace(target, logits=logits * float(factor.recorded()))
         for rule, bounds in _selection_rules(region, scaled):
-            capped = _capped(scaled.logits, rule)
-            if (factor is not None and (bounds or rule.softcap is not None)) or not _selects(rule, capped, scaled):
+            if factor is not None and (bounds or rule.softcap is not None):
                 continue
-            reason = "its routing weights are not a supported function of its logits (score, normalisation, scale)"
-            for weighing in _weighings(region, rule):
-                scale = _scale(weighing, capped, scaled, region)
-                if scale is not None:
-                    found = replace(
-                        weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None,
-                        bias=None,
-                    )  # fmt: skip
-                    return _fit(region, found, bounds, factor), ""
-        if factor is None and "selection" in reason:
+            if not _selects(rule, _capped(scaled.logits, rule), scaled):
+                continue
+            reason = NO_WEIGHTS
+            match = _Match(rule, bounds, factor)
+            others = _elsewhere(region.head, indices, target) if others is None else others
+            if not all(_selects(rule, _capped(other.logits, rule), other) for other in match.scaled(others)):
+                doubtful.append(match)
+                continue
+            found = _weighed(region, match, scaled, applies_to)
+            if found is not None:
+                return found, ""
+        if factor is None and reason == NO_SELECTION:
             break
+    for match in doubtful:
+        found = _weighed(region, match, match.scaled([target])[0], applies_to)
+        if found is not None:
+            return found, ""
     return None, reason
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A rule that selects what was selected: the tensors it reads, the factor that logits are multiplied by first."""
+
+    rule: RouterSpec
+    bounds: dict[str, Bound]
+    factor: Bound | None
+
+    def scaled(self, targets: list[_Target]) -> list[_Target]:
+        factor = 1.0 if self.factor is None else float(self.factor.recorded())
+        return targets if self.factor is None else [replace(t, logits=t.logits * factor) for t in targets]
+
+
+def _elsewhere(head: Head, indices: Tensor, target: _Target) -> list[_Target]:
+    """What is selected for other logits, where the recorded calls tell."""
+    wanted = indices.sort(-1).values
+    for value in sorted(head.dependent, key=lambda v: v.index):
+        for found in _as_indices(value.tensor, head):
+            if found.shape != wanted.shape or not torch.equal(found.sort(-1).values, wanted):
+                continue
+            others = []
+            for logits, chosen in replays(head, value):
+                experts = next((e for e in _as_indices(chosen, head)), None)
+                if experts is None or experts.shape != wanted.shape:
+                    break
+                selected = torch.zeros_like(logits).scatter(1, experts, 1.0).bool()
+                others.append(replace(target, logits=logits, selected=selected))
+            if others:
+                return others
+    return []
+
+
+def _weighed(
+    region: Region, match: _Match, target: _Target, applies_to: Literal["output", "input"]
+) -> RouterFit | None:
+    """The rule with the normalisation and the scale that make its weights the target's; None when there are none."""
+    logits = _capped(target.logits, match.rule)
+    for weighing in _weighings(region, match.rule):
+        scale = _scale(weighing, logits, target, region)
+        if scale is not None:
+            found = replace(
+                weighing, scale=scale, applies_to=applies_to, selection_bias=None, per_expert_scale=None, bias=None
+            )
+            return _fit(region, found, match.bounds, match.factor)
+    return None
 
 
 def _fit(region: Region, rule: RouterSpec, bounds: dict[str, Bound], factor: Bound | None) -> RouterFit:
@@ -319,3 +377,5 @@ def carried_weights(region: Region, indices: Tensor) -> Iterator[Tensor]:
                 yield tensor.reshape(tokens, k)
             elif tensor.numel() == tokens * count and tensor.shape[-1] == count:
                 yield tensor.reshape(tokens, count).gather(1, indices)
+        if value.shape == (count, tokens):  # one row for each expert
+            yield value.tensor.T.gather(1, indices)

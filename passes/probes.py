@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from latentize.inputs import own
+from latentize.passes.copying import deep_copy
 from latentize.passes.scan import ModuleCall
 
 #: Tokens of the example inputs that are used.
@@ -95,7 +95,7 @@ class Prober:
         cut = self.with_hidden("", self.hidden.narrow(axis, 0, 1))
         try:
             with torch.no_grad():
-                copy.deepcopy(self.call.module)(*cut.args, **cut.kwargs)
+                deep_copy(self.call.module)(*cut.args, **cut.kwargs)
         except Exception:  # then it is the width
             return False
         return True

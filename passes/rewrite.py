@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from latentize.errors import LatentizeError
 from latentize.moe import LatentMoE
 from latentize.passes import trace
 from latentize.passes.boundaries import join, put, put_parts, put_whole
+from latentize.passes.copying import deep_copy
 from latentize.passes.sites import GraphSite, PartsSite, Site, WholeSite
 
 
@@ -68,7 +68,7 @@ def replace_at(
 def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of the model's modules that shares its parameters and buffers."""
     memo: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, memo)
 
 
 def _get(model: nn.Module, path: str) -> nn.Module:

@@ -52,7 +52,10 @@ def roll(recording: Recording, heads: list[Head], order: Mapping[str, int]) -> R
 
 
 def _owners(recording: Recording, read: list[Value]) -> dict[Value, int]:
-    """The token that each value belongs to, where it depends on one; `MIXED` where on several."""
+    """The token that each value belongs to, where it depends on one; `MIXED` where on several.
+
+    What only one token's values are computed from is that token's too: a row that is cut out for the experts apart.
+    """
     behind = [{v for v in graph.ancestors([value]) if not v.const} for value in read]
     times = Counter(v for found in behind for v in found)
     owners = {v: token for token, found in enumerate(behind) for v in found if times[v] == 1}
@@ -61,6 +64,13 @@ def _owners(recording: Recording, read: list[Value]) -> dict[Value, int]:
         if given and call.name not in graph.FACTORIES:
             owner = given.pop() if len(given) == 1 else MIXED
             owners.update(dict.fromkeys(call.outputs, owner))
+    for call in reversed(recording.calls):
+        for value in call.outputs:
+            if value in owners or value.const or not value.users:
+                continue
+            led = {owners.get(v, MIXED) for user in value.users for v in user.outputs}
+            if len(led) == 1 and MIXED not in led:
+                owners[value] = led.pop()
     return owners
 
 

@@ -6,7 +6,6 @@ of it holds for its code. Nothing is proved for weights that nobody has seen.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from latentize.blocks import Block
+from latentize.passes.copying import deep_copy
 from latentize.passes.probes import Prober
 from latentize.passes.scan import CLIMB, ModuleCall, Scan, scan
 from latentize.passes.shaken import named_state
@@ -92,7 +92,7 @@ def _look(call: ModuleCall, inner: str) -> Block | None:
 def _filled(call: ModuleCall) -> ModuleCall:
     """The call with its module and its arguments on the CPU, with random values."""
     generator = torch.Generator().manual_seed(SEED)
-    module = copy.deepcopy(call.module).to_empty(device="cpu")
+    module = deep_copy(call.module).to_empty(device="cpu")
     for _, tensor in named_state(module):
         _draw(tensor, generator)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import Any
 
 import torch
@@ -424,6 +426,41 @@ class NestedSequentialFfn(_FlatListed):
         return out
 
 
+class RowsOfExperts(_FlatStacked):
+    """Sigmoids in rows of experts, zero where an expert is not selected, on the inputs of all experts."""
+
+    rule = {"score": "sigmoid", "order": "topk_first", "applies_to": "input"}  # noqa: RUF012
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, index = self.r(x).topk(TOP_K, -1)
+        return logits, index
+
+    def dispatch(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        by_expert = torch.full((len(x), N), float("-inf"), dtype=x.dtype).scatter(1, index, weights).T.sigmoid()
+        every = torch.arange(len(x)).expand(N, -1).reshape(-1, 1).expand(-1, D)
+        inputs = x.gather(0, every) * by_expert.reshape(-1, 1)
+        rows = inputs.view(N, -1, D)
+        hidden = F.silu(torch.bmm(rows, self.a.mT)) * torch.bmm(rows, self.b.mT)
+        return torch.zeros_like(x).scatter_add(0, every, torch.bmm(hidden, self.c.mT).view(-1, D))
+
+
+class HoldsHandles(_FlatStacked):
+    """Experts behind a lock, counted by a Python module: handles, which no copy can hold a copy of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+        self.tools = {"math": math, "again": [threading.Lock()]}
+
+    def dispatch(self, x: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(N):
+            with self.lock:
+                slot, token = torch.where((index == e).T)
+                out.index_add_(0, token, self.expert(e, x[token]) * weights[token, slot, None])
+        return out * self.tools["math"].exp(0.0)
+
+
 MOES = {
     c.__name__: c
     for c in (
@@ -432,5 +469,6 @@ MOES = {
         ChunkedTokens,
         DecodePath, AutogradFunction, Checkpointed, TakeFromStack, SparseProduct, SequenceBySequence,
         KeywordOnly, CalledTwice, AddedInPlace, Scripted, DroppingCapable, NestedSequentialFfn,
+        RowsOfExperts, HoldsHandles,
     )
 }  # fmt: skip

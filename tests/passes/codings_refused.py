@@ -65,6 +65,16 @@ class OneByOneWithMemory(Listed):
         return torch.stack(rows).view(x.shape)
 
 
+class NearestCentroid(Stacked):
+    """The experts whose centroids are nearest, weighted by how near they are."""
+
+    why = NEAREST
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        near, index = (-torch.cdist(x, self.r.weight.expand(*x.shape[:-2], -1, -1))).topk(TOP_K, -1)
+        return near.softmax(-1), index
+
+
 class DenseSigmoid(Stacked):
     """Every expert, weighted by a sigmoid each."""
 
@@ -867,8 +877,8 @@ class BeamHead(Coding):
 NOT_MOES = {
     c.__name__: c
     for c in (
-        SoftSlots, OneByOneWithMemory, DenseSigmoid, AllSelected, ExpertChoice, ProductKeyMemory, MixtureOfDepths,
-        NeighbourMemory,
+        SoftSlots, NearestCentroid, OneByOneWithMemory, DenseSigmoid, AllSelected, ExpertChoice, ProductKeyMemory,
+        MixtureOfDepths, NeighbourMemory,
         VectorQuantiser, SparseAttention, HeadRouter, SwitchOverflow, FixedCapacity, QueueDiscount,
         BatchStatistics, SequenceRouter, PreviousToken, TokensNormalised, Sinkhorn, GumbelRouter, InputJitter,
         RandomRouting, EvalDropout, DropPath, CounterBias, CallCounter, PositionHash, SignHash,

@@ -55,7 +55,10 @@ def test_family_is_refused(family: str) -> None:
 
 
 #: What a person must find in the reason, by family.
-REASONS = {"switch_transformers": "capacity", "zaya": "more than one projection", "inkling_text": "logits"}
+REASONS = {
+    "switch_transformers": "capacity", "zaya": "more than one projection", "inkling_text": "logits",
+    "inkling2_text": "they use sigmoid, tanh",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", REASONS)

@@ -48,6 +48,9 @@ REASONS = {
     "PreviousToken": "other tokens",
     "SequenceMean": "other tokens",
     "EvalNoiseSmall": "random numbers",
+    "NearestCentroid": "distance of a token from centroids",
+    "SwitchOverflow": "capacity",
+    "BatchCapacity": "capacity",
 }
 
 

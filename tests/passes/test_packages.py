@@ -25,3 +25,20 @@ def test_package_is_lifted_or_refused(name: str) -> None:
         contract.assert_lifted(make, example, fresh, run, expected, tolerance)
     else:
         contract.assert_refused(make, example, fresh[1:], run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", packages.REASONS)
+def test_package_is_refused_with_a_reason(name: str) -> None:
+    make, inputs, _, _ = packages.CASES[name]
+    reasons = [b.reason for b in contract.inspect(make, (inputs(2, 24, 0), {})) if b.status == "refused"]
+    assert any(packages.REASONS[name] in reason for reason in reasons), reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", packages.LATENT)
+def test_latent_package_is_found_latent(name: str) -> None:
+    blocks = contract.inspect(packages.LATENT[name], (packages.hidden_states(2, 24, 0), {}))
+    assert [b.status for b in blocks] == ["latent"]
+    assert blocks[0].spec is not None
+    assert blocks[0].spec.hidden_size == packages.HIDDEN // 2

@@ -61,8 +61,9 @@ def test_random_moes_are_lifted_exactly(part: int, request: pytest.FixtureReques
 
 
 #: Draws whose weights are hard to tell: experts that vanish for some tokens, numbers of a tanh elsewhere, groups by
-#: their best expert, powers of a weight on the input.
-HARD = (1010, 1021, 1080, 1205)
+#: their best expert, powers of a weight on the input, groups that few tokens notice,
+#: a selection that fails where scores tie.
+HARD = (1010, 1021, 1080, 1205, 1287, 1323, 1394)
 
 
 @pytest.mark.parametrize("seed", HARD)

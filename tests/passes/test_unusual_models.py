@@ -301,3 +301,29 @@ def test_weights_that_cannot_be_computed_with_are_named(kind, reason):
     (block,) = latentize.inspect(broken(kind), (X,))
     assert block.status == "refused"
     assert re.search(reason, block.reason), block.reason
+
+
+class LeavesALoss(Moe):
+    """Sets an attribute in every run."""
+
+    def forward(self, hidden):
+        out = super().forward(hidden)
+        self.loss = out.square().mean()
+        return out
+
+
+class ReturnsTheLoss(nn.Module):
+    """Returns what its block has set beside what it returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = LeavesALoss()
+
+    def forward(self, x):
+        return self.block(x), self.block.loss
+
+
+def test_a_block_of_which_more_is_read_than_it_returns_is_refused_with_what():
+    (block,) = latentize.inspect(ReturnsTheLoss().eval(), args=(torch.randn(1, 24, 16),))
+    assert block.status == "refused"
+    assert "reads 'loss' of it" in block.reason
