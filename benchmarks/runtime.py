@@ -18,8 +18,7 @@ import copy
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -29,7 +28,7 @@ import torch
 from measured import RESULTS, keep, table
 from torch import Tensor, nn
 
-from latentize import kernels_native
+from latentize import ops
 from latentize.activations import Activation
 from latentize.kernels_torch import Dispatch
 from latentize.moe import LatentMoE
@@ -194,21 +193,10 @@ def plain(spec: MoESpec) -> Form:
     block = LatentMoE(spec)
 
     def run(x: Tensor) -> Tensor:
-        with without_compiled_kernels():
+        with ops.plain():
             return block(x)
 
     return run
-
-
-@contextmanager
-def without_compiled_kernels() -> Iterator[None]:
-    """Let the operator use plain torch."""
-    serves = kernels_native.serves
-    kernels_native.serves = lambda *_: False
-    try:
-        yield
-    finally:
-        kernels_native.serves = serves
 
 
 def parts(spec: MoESpec) -> dict[str, Form]:

@@ -5,7 +5,7 @@
 // fp16). Compiled on demand by kernels_native.py.
 
 #include "kernels_native_backward.h"
-#include "kernels_native_forward.h"
+#include "kernels_native_block.h"
 
 namespace {
 
@@ -41,3 +41,19 @@ FORWARD(float16, float, fp16)
   }
 BACKWARD(float32, float)
 BACKWARD(float64, double)
+
+// A whole block, or a part of it: see kernels_native_block.h. Returns as above.
+#define BLOCK(suffix, S, W)                                                                                            \
+  extern "C" int latent_block_##suffix(int64_t tokens, int64_t width, int64_t k, const int64_t* indices,               \
+                                       const void* weights, const void* hidden, const void* seen,                      \
+                                       const RouterPlan* router, const ExpertsPlan* experts, void* out, void* logits,  \
+                                       void* chosen_weights, int64_t* chosen_indices, int threads) {                   \
+    auto at = [](const void* p) { return static_cast<const W*>(p); };                                                  \
+    return block<S, W>({block_call<W>(tokens, k, indices, weights, hidden, experts), width, at(seen), router, experts, \
+                        static_cast<S*>(logits), static_cast<S*>(chosen_weights), chosen_indices,                      \
+                        static_cast<W*>(out)}, threads);                                                               \
+  }
+BLOCK(float32, float, float)
+BLOCK(float64, double, double)
+BLOCK(bfloat16, float, bf16)
+BLOCK(float16, float, fp16)

@@ -197,20 +197,12 @@ template <class S, class W> struct Small {
       few_down<S, W, nt.value>(call, w.expert, first, last, from + t, scale + t, to + t);
     });
   }
-  // By all threads of a region, each with its own memory of FEW rows.
-  void run(S* mine) const {
-    if (cuts == 1) {  // whole experts: nobody waits between their two halves
-#pragma omp for schedule(dynamic)
-      for (int64_t item = 0; item < count; ++item) {
-        up(item, 0, mine);
-        down(item, 0);
-      }
-      return;
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * cuts; ++i) up(i / cuts, i % cuts, mine);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count * cuts; ++i) down(i / cuts, i % cuts);
+  // By all threads of a region, each with its own memory of FEW rows. Whole experts: nobody waits between the halves.
+  void run(Phase& first, Phase& second, S* mine) const {
+    if (cuts == 1)
+      return first.run(count, [&](int64_t item) { up(item, 0, mine), down(item, 0); });
+    first.run(count * cuts, [&](int64_t i) { up(i / cuts, i % cuts, mine); });
+    second.run(count * cuts, [&](int64_t i) { down(i / cuts, i % cuts); });
   }
 };
 
@@ -221,6 +213,7 @@ INLINE int64_t cuts_of(int64_t smalls, int64_t bigs, int64_t inner, int threads)
 
 template <class S, class W> int forward(const Call<W>& c, W* out, int threads) {
   const int64_t pairs = c.tokens * c.k, ld = padded<S>(c.width), ldh = padded<S>(c.inner);
+  threads = worth(pairs * c.width * c.inner * (c.gate ? 3 : 2), threads);
   const BlockSizes<S> size(c.width, c.inner);
   const int64_t per_thread = (size.total() + 15) / 16 * 16;
   const int64_t most_work = std::min(pairs, c.experts) + pairs / PANEL<S> + 1;
@@ -248,13 +241,15 @@ template <class S, class W> int forward(const Call<W>& c, W* out, int threads) {
   int64_t* row_of = sorted.pair + pairs;
   for (int64_t i = 0, row = 0; i < smalls; ++i) row_of[i] = row, row += small[i].count;
   const Small<S, W> few{c, sorted.pair, small, row_of, smalls, cuts_of(smalls, bigs, c.inner, threads), h, y};
+  Phase many_tokens, half, other_half;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     S* mine = local + thread_number() * per_thread;
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t item = 0; item < bigs; ++item)
-      many<S, W>(c, big[item].expert, sorted.pair + big[item].first, big[item].count, mine, y, ld);
-    few.run(mine);
+    many_tokens.take(bigs, [&](int64_t i) {
+      many<S, W>(c, big[i].expert, sorted.pair + big[i].first, big[i].count, mine, y, ld);
+    });
+    few.run(half, other_half, mine);
+    many_tokens.wait(bigs);
     combine<S, W>(c.indices, c.tokens, c.k, c.experts, c.width, y, ld, out);
   }
   scratch.trim();
