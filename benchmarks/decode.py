@@ -4,13 +4,13 @@
     python benchmarks/decode.py --layers 12 --threads 1 --seconds 20
 
 Each layer has weights of its own, more in all than the caches hold, so that they come from memory as in a model, while
-the code that runs is as warm as it is there. A block repeated alone (benchmarks/runtime.py) is not like that: between its
-calls other forms may leave its weights in the caches, and throw its code out. h = h + block(h) all the way, onnxruntime
-in one graph. A round runs a copy of 64 MB and every form, in an order drawn anew, each first untimed and then timed on
-another token. `bandwidth` is the bytes of a layer (experts that were hit, projections, router) over its time, as a
-fraction of the copy (read + write) of the same round; `of the best copy` the same with medians, against the fastest copy
-of all rounds; `speed-up` how many times as long the form takes as ours. All are medians over rounds. `read alone` sums as
-many bytes that lie in one piece: what a layer that computed nothing else could reach.
+the code that runs is as warm as it is there. A block repeated alone (benchmarks/runtime.py) is not like that: between
+its calls other forms may leave its weights in the caches, and throw its code out. h = h + block(h) all the way,
+onnxruntime in one graph. A round runs a copy of 64 MB and every form, in an order drawn anew, each first untimed and
+then timed on another token. All are medians over rounds: `bandwidth` is the bytes of a layer (experts that were hit,
+projections, router) over its time, as a fraction of the copy (read + write) of the same round; `of_best_copy` divides
+by the fastest copy of all rounds; `speedup` is the form's time over ours. `read alone` sums as many bytes that lie in
+one piece: what a layer could reach that computed nothing else.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ only: gradients, whoever watches operations, and what the kernel does not do get
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from latentize import ops
 from latentize.kernels_native import activation_number, activation_scalars, block_of, raise_for
@@ -28,39 +30,69 @@ _NORMALIZE = {"none": 0, "sum": 1, "clamp": 2}
 
 
 class _RouterPlan(ctypes.Structure):
-    """`RouterPlan` of kernels_native_block.h."""
+    """`RouterPlan` of kernels_native_block.h, and the kernel that takes it."""
 
+    function: Callable[..., int]
     _fields_ = (
-        ("tensors", ctypes.c_void_p * 4), ("numbers", ctypes.c_int64 * 7), ("scalars", ctypes.c_double * 3)
+        ("tensors", ctypes.c_void_p * 4), ("numbers", ctypes.c_int64 * 8), ("scalars", ctypes.c_double * 3)
     )  # fmt: skip
 
 
 class _ExpertsPlan(ctypes.Structure):
-    """`ExpertsPlan` of kernels_native_block.h."""
+    """`ExpertsPlan` of kernels_native_block.h, and the kernel that takes it."""
 
+    function: Callable[..., int]
     _fields_ = (
-        ("tensors", ctypes.c_void_p * 9), ("numbers", ctypes.c_int64 * 6), ("scalars", ctypes.c_double * 7)
+        ("tensors", ctypes.c_void_p * 9), ("numbers", ctypes.c_int64 * 7), ("scalars", ctypes.c_double * 7)
     )  # fmt: skip
 
 
+_P = TypeVar("_P", _RouterPlan, _ExpertsPlan)
+#: `Others` of kernels_native_block.h: k, indices, weights; logits, weights and indices to be written.
+_Others = ctypes.c_void_p * 6
+
+
 class Kept:
-    """What a module was last found to hold, and what the kernel is told of it: None where it cannot compute this.
+    """What a module was last found to hold, and what the kernel is told of it.
 
     A copy of the module, or one that was read from a file, starts anew.
     """
 
     def __init__(self) -> None:
-        self.key: tuple[Any, ...] = ()
+        self.plan: Any = None  # None where the kernel cannot compute this
         self.source: Any = None
-        self.plan: Any = None
+        self.others: tuple[Any, ...] = ()
+        self.present: list[tuple[str, int, torch.dtype, torch.Size, bool]] = []
+        self.absent: list[str] = []
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
 
+    def holds(self, module: nn.Module, others: tuple[Any, ...]) -> bool:
+        """Whether the module holds what it held, at the same places."""
+        if self.others != others:
+            return False
+        parameters, buffers, attributes = module._parameters, module._buffers, module.__dict__
+        for name, pointer, dtype, shape, contiguous in self.present:
+            t = buffers[name] if name in buffers else parameters.get(name)
+            if t is None or t.data_ptr() != pointer or t.dtype is not dtype or t.shape != shape:
+                return False
+            if t.is_contiguous() is not contiguous:
+                return False
+        return all((buffers[name] if name in buffers else attributes.get(name, self)) is None for name in self.absent)
+
+    def look(self, tensors: Mapping[str, Tensor | None], others: tuple[Any, ...], plan: Any) -> None:
+        """Remember a plan and what it was made of."""
+        self.others, self.plan = others, plan
+        self.absent = [name for name, t in tensors.items() if t is None]
+        self.present = [
+            (name, t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) for name, t in tensors.items() if t is not None
+        ]
+
 
 def route_few(hidden: Tensor, router: Router) -> Routing | None:
     """Routing of hidden [T, d], or None where the kernel does not serve."""
-    if not (_serves(hidden) and hidden.dim() == 2):
+    if not _serves(hidden) or hidden.dim() != 2:
         return None
     plan = _router(hidden, router)
     if plan is None:
@@ -68,8 +100,7 @@ def route_few(hidden: Tensor, router: Router) -> Routing | None:
     tokens, (k, rows), wide = hidden.shape[0], plan.numbers[:2], _wide(hidden.dtype)
     logits, weights = torch.empty(tokens, rows, dtype=wide), torch.empty(tokens, k, dtype=wide)
     indices = torch.empty(tokens, k, dtype=torch.int64)
-    written = (None, logits.data_ptr(), weights.data_ptr(), indices.data_ptr())
-    _call(hidden, hidden, (k, None, None), plan, None, written)
+    _call(hidden, hidden, plan, None, None, _Others(k, None, None, *(t.data_ptr() for t in (logits, weights, indices))))
     return Routing(logits, weights, indices)
 
 
@@ -84,25 +115,30 @@ def experts_few(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Laten
     plan = _experts(hidden, experts)
     if plan is None or indices.dtype != torch.int64 or not (_ordinary(indices) and _ordinary(weights)):
         return None
-    ops.check_indices(indices, plan.numbers[0] + plan.numbers[5])
+    ops.check_indices(indices, plan.numbers[1] + plan.numbers[6])
     indices, weights = indices.contiguous(), weights.to(hidden.dtype).contiguous()
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    chosen = (indices.shape[1], indices.data_ptr(), weights.data_ptr())
-    raise_for(_call(hidden, hidden, chosen, None, plan, (out.data_ptr(), None, None, None)), indices)
+    others = _Others(indices.shape[1], indices.data_ptr(), weights.data_ptr(), None, None, None)
+    raise_for(_call(hidden, hidden, None, plan, out, others), indices)
     return out
 
 
-def block_few(hidden: Tensor, seen: Tensor, router: Router, experts: LatentExperts) -> Tensor | None:
-    """Routed output [..., d] of hidden and of what the router reads [..., d]; None where the kernel does not serve."""
-    if not _serves(hidden):
+def block_few(
+    hidden: Tensor, seen: Tensor, router: tuple[nn.Module, type[Router]], experts: tuple[nn.Module, type[LatentExperts]]
+) -> Tensor | None:
+    """Routed output [..., d] of hidden and of what the router reads [..., d]; None where the kernel does not serve.
+
+    Nor does it where `router` and `experts`, modules with their types, are of other types or somebody listens to them.
+    """
+    if not (_serves(hidden) and _unheard(*router) and _unheard(*experts)):
         return None
     if seen is not hidden and not (_ordinary(seen) and seen.dtype == hidden.dtype and seen.shape == hidden.shape):
         return None
-    first, second = _router(hidden, router), _experts(hidden, experts)
+    first, second = _router(hidden, router[0]), _experts(hidden, experts[0])  # type: ignore[arg-type]
     if first is None or second is None:
         return None
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    _call(hidden, seen, (first.numbers[0], None, None), first, second, (out.data_ptr(), None, None, None))
+    _call(hidden, seen, first, second, out, None)
     return out
 
 
@@ -110,89 +146,73 @@ def _serves(hidden: Tensor) -> bool:
     """Whether hidden [..., d] is a few tokens on CPU, and nobody watches what is done with them."""
     if torch.compiler.is_compiling() or watched() or not _ordinary(hidden):
         return False
-    if ops.is_plain() or torch.is_autocast_enabled("cpu") or not 0 < hidden.numel() <= FEW * hidden.shape[-1]:
-        return False
-    return block_of(hidden.dtype) is not None
+    return 0 < hidden.numel() <= FEW * hidden.shape[-1] and not (ops.is_plain() or torch.is_autocast_enabled("cpu"))
 
 
 def _ordinary(tensor: Tensor) -> bool:
-    """Whether this is a dense CPU tensor of torch's own, [..., d], whose gradient nobody asks for."""
-    dense = type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.layout is torch.strided
-    return dense and tensor.dim() > 0 and not (tensor.requires_grad and torch.is_grad_enabled())
+    """Whether this is `_dense`, [..., d], and nobody asks for its gradient."""
+    return _dense(tensor) and tensor.dim() > 0 and not (tensor.requires_grad and torch.is_grad_enabled())
 
 
-def _held(module: nn.Module, names: tuple[str, ...]) -> list[Tensor | None] | None:
-    """A module's tensors by name; None where one is made anew at each look, or its gradient is asked for.
-
-    In place of attributes, as a module's `__getattr__` takes longer than all else here.
-    """
-    attributes = {**vars(module), **module._parameters, **module._buffers}
-    try:
-        tensors = [attributes[name] for name in names]
-    except KeyError:  # a parametrised one
-        return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return None
-    return tensors
+def _dense(tensor: Tensor) -> bool:
+    """Whether this is a dense CPU tensor of torch's own."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.is_cpu and tensor.layout is torch.strided
 
 
-def _key(hidden: Tensor, tensors: list[Tensor | None], *others: Any) -> tuple[Any, ...]:
-    """All that a plan is made of: it serves as long as this stays as it is."""
-    found = [None if t is None else (t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) for t in tensors]
-    return (hidden.dtype, hidden.shape[-1], found, others)
+def _unheard(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is one of `kind` itself, and nobody listens to its calls."""
+    if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
 
 
-def _readable(tensors: list[Tensor | None], dtype: torch.dtype) -> bool:
-    """Whether the kernel can read these tensors where they lie, as of this dtype."""
-    return all(t is None or (t.dtype == dtype and t.is_contiguous() and _ordinary(t)) for t in tensors)
-
-
-def _pointers(tensors: list[Tensor | None]) -> tuple[int | None, ...]:
-    return tuple(None if t is None else t.data_ptr() for t in tensors)
+def _learns(module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in module.parameters())
 
 
 def _router(hidden: Tensor, router: Router) -> _RouterPlan | None:
     """What the kernel is told of a router that reads hidden [..., d]."""
-    tensors = _held(router, ("weight", "bias", "selection_bias", "per_expert_scale"))
     kept, rule = router.kept, router.rule
-    if tensors is None:
-        return None
-    key = _key(hidden, tensors)
-    if kept.key != key or kept.source is not rule:
-        kept.plan = _plan_router(hidden, tensors, rule)
-        kept.key, kept.source = key, rule
+    others = (hidden.dtype, hidden.shape[-1])
+    if kept.source is not rule or not kept.holds(router, others):
+        names = "weight", "bias", "selection_bias", "per_expert_scale"
+        tensors = {name: getattr(router, name) for name in names}
+        kept.look(tensors, others, _plan_router(hidden, [*tensors.values()], rule))
+        kept.source = rule
+        if not kept.holds(router, others):  # a parametrised tensor, made anew at each look
+            return None
     plan: _RouterPlan | None = kept.plan
-    return plan
+    return None if _learns(router) else plan
+
+
+def _experts(hidden: Tensor, experts: LatentExperts) -> _ExpertsPlan | None:
+    """What the kernel is told of experts that read hidden [..., d]."""
+    kept, e = experts.kept, experts
+    others = (hidden.dtype, hidden.shape[-1], e.activation, e.weights_on_input, e.num_identity, e.output_scale)
+    if not kept.holds(experts, others):
+        names = "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "latent_down", "latent_up", "output_bias"
+        tensors = {name: getattr(e, name) for name in names}
+        kept.look(tensors, others, _plan_experts(hidden, [*tensors.values()], e))
+        if not kept.holds(experts, others):
+            return None
+    plan: _ExpertsPlan | None = kept.plan
+    return None if _learns(experts) else plan
 
 
 def _plan_router(hidden: Tensor, tensors: list[Tensor | None], rule: RouterSpec) -> _RouterPlan | None:
-    weight = tensors[0]
+    weight, wide = tensors[0], _wide(hidden.dtype)
     if weight is None or rule.groups is not None or rule.normalize not in _NORMALIZE or rule.softcap == 0.0:
         return None
     rows, width = weight.shape
-    wide = _wide(hidden.dtype)
     if not _readable(tensors[:2], weight.dtype) or not _readable(tensors[2:], wide):
         return None
     if weight.dtype not in (wide, hidden.dtype) or width != hidden.shape[-1] or not 0 < rule.top_k <= rows:
         return None
     first, on_logit = rule.order == "topk_first", rule.selection_bias_on == "logit"
     kinds = (_SCORES[rule.score], _NORMALIZE[rule.normalize], first, on_logit)
-    numbers = (rule.top_k, rows, weight.dtype == wide, *kinds)
-    return _RouterPlan(_pointers(tensors), numbers, (rule.softcap or 0.0, rule.eps, rule.scale))
-
-
-def _experts(hidden: Tensor, experts: LatentExperts) -> _ExpertsPlan | None:
-    """What the kernel is told of experts that read hidden [..., d]."""
-    names = "gate", "up", "down", "gate_bias", "up_bias", "down_bias", "latent_down", "latent_up", "output_bias"
-    tensors, kept, e = _held(experts, names), experts.kept, experts
-    if tensors is None:
-        return None
-    key = _key(hidden, tensors, e.weights_on_input, e.num_identity, e.output_scale)
-    if kept.key != key or kept.source is not e.activation:
-        kept.plan = _plan_experts(hidden, tensors, e)
-        kept.key, kept.source = key, e.activation
-    plan: _ExpertsPlan | None = kept.plan
-    return plan
+    numbers = (rule.top_k, rows, width, weight.dtype == wide, *kinds)
+    plan = _RouterPlan(_pointers(tensors), numbers, (rule.softcap or 0.0, rule.eps, rule.scale))
+    return _with_kernel(plan, hidden.dtype)
 
 
 def _plan_experts(hidden: Tensor, tensors: list[Tensor | None], experts: LatentExperts) -> _ExpertsPlan | None:
@@ -201,16 +221,34 @@ def _plan_experts(hidden: Tensor, tensors: list[Tensor | None], experts: LatentE
         return None
     n, m, latent = up.shape
     width = hidden.shape[-1]
-    expected = {
-        0: (n, m, latent), 2: (n, latent, m), 3: (n, m), 4: (n, m), 5: (n, latent),
-        6: (latent, width), 7: (width, latent), 8: (width,),
-    }  # fmt: skip
-    if any(t is not None and t.shape != expected.get(i, t.shape) for i, t in enumerate(tensors)):
+    expected = (
+        (n, m, latent), (n, m, latent), (n, latent, m), (n, m), (n, m), (n, latent),
+        (latent, width), (width, latent), (width,),
+    )  # fmt: skip
+    if any(t is not None and t.shape != shape for t, shape in zip(tensors, expected, strict=True)):
         return None
     if down is None and latent != width:
         return None
-    numbers = (n, latent, m, e.weights_on_input, activation_number(e.activation), e.num_identity)
-    return _ExpertsPlan(_pointers(tensors), numbers, (*activation_scalars(e.activation), e.output_scale))
+    numbers = (width, n, latent, m, e.weights_on_input, activation_number(e.activation), e.num_identity)
+    plan = _ExpertsPlan(_pointers(tensors), numbers, (*activation_scalars(e.activation), e.output_scale))
+    return _with_kernel(plan, hidden.dtype)
+
+
+def _with_kernel(plan: _P, dtype: torch.dtype) -> _P | None:
+    function = block_of(dtype)
+    if function is None:
+        return None
+    plan.function = function
+    return plan
+
+
+def _readable(tensors: list[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether the kernel can read these tensors where they lie, as of this dtype."""
+    return all(t is None or (t.dtype == dtype and t.is_contiguous() and _dense(t)) for t in tensors)
+
+
+def _pointers(tensors: list[Tensor | None]) -> tuple[int | None, ...]:
+    return tuple(None if t is None else t.data_ptr() for t in tensors)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -221,19 +259,21 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _call(
     hidden: Tensor,
     seen: Tensor,
-    chosen: tuple[int, int | None, int | None],
     router: _RouterPlan | None,
     experts: _ExpertsPlan | None,
-    written: tuple[int | None, ...],
+    out: Tensor | None,
+    others: ctypes.Array[ctypes.c_void_p] | None,
 ) -> int:
-    """Run the kernel; its return code. `chosen`: k, and where the indices and weights lie that are given."""
+    """Run the kernel, which writes `out` and what `others` names; its return code."""
     alike, hidden = seen is hidden, hidden.contiguous()
     seen = hidden if alike else seen.contiguous()
-    width = hidden.shape[-1]
-    function = block_of(hidden.dtype)
-    assert function is not None
-    plans = (None if router is None else ctypes.byref(router), None if experts is None else ctypes.byref(experts))
-    threads = torch.get_num_threads()
-    return function(
-        hidden.numel() // width, width, *chosen, hidden.data_ptr(), seen.data_ptr(), *plans, *written, threads
+    return (experts or router).function(  # type: ignore[union-attr]
+        hidden.numel() // hidden.shape[-1],
+        hidden.data_ptr(),
+        seen.data_ptr(),
+        None if router is None else ctypes.byref(router),
+        None if experts is None else ctypes.byref(experts),
+        None if out is None else out.data_ptr(),
+        others,
+        torch.get_num_threads(),
     )

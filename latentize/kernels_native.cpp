@@ -44,14 +44,9 @@ BACKWARD(float64, double)
 
 // A whole block, or a part of it: see kernels_native_block.h. Returns as above.
 #define BLOCK(suffix, S, W)                                                                                            \
-  extern "C" int latent_block_##suffix(int64_t tokens, int64_t width, int64_t k, const int64_t* indices,               \
-                                       const void* weights, const void* hidden, const void* seen,                      \
-                                       const RouterPlan* router, const ExpertsPlan* experts, void* out, void* logits,  \
-                                       void* chosen_weights, int64_t* chosen_indices, int threads) {                   \
-    auto at = [](const void* p) { return static_cast<const W*>(p); };                                                  \
-    return block<S, W>({block_call<W>(tokens, k, indices, weights, hidden, experts), width, at(seen), router, experts, \
-                        static_cast<S*>(logits), static_cast<S*>(chosen_weights), chosen_indices,                      \
-                        static_cast<W*>(out)}, threads);                                                               \
+  extern "C" int latent_block_##suffix(int64_t tokens, const void* hidden, const void* seen, const RouterPlan* router, \
+                                       const ExpertsPlan* experts, void* out, const Others* others, int threads) {     \
+    return block<S, W>(block_of<S, W>(tokens, hidden, seen, router, experts, out, others), threads);                   \
   }
 BLOCK(float32, float, float)
 BLOCK(float64, double, double)

@@ -199,7 +199,7 @@ def _bind(library: ctypes.CDLL) -> Library:
         return function
 
     call = (*(ctypes.c_void_p,) * 4, ctypes.c_int)
-    block = (*(ctypes.c_int64,) * 3, *(ctypes.c_void_p,) * 10, ctypes.c_int)
+    block = (ctypes.c_int64, *(ctypes.c_void_p,) * 6, ctypes.c_int)
     return Library(
         {dtype: bind(f"latent_experts_{name}", *call) for dtype, name in _FORWARD.items()},
         {dtype: bind(f"latent_block_{name}", *block) for dtype, name in _FORWARD.items()},

@@ -10,15 +10,24 @@ namespace {
 // What a block holds; absent tensors are null. Filled in by block_native.py, which knows these by the order of their fields.
 struct RouterPlan {
   const void *weight, *bias, *selection_bias, *expert_scale;  // [rows, d], [rows] of type S if `wide`, else W; [rows] S
-  int64_t k, rows, wide, score, normalize, topk_first, bias_on_logit;
+  int64_t k, rows, width, wide, score, normalize, topk_first, bias_on_logit;
   double softcap, eps, scale;  // softcap 0: none
 };
 struct ExpertsPlan {
   const void *gate, *up, *down, *gate_bias, *up_bias, *down_bias;
   const void *latent_down, *latent_up, *output_bias;  // [l, d], [d, l], [d]
-  int64_t n, latent, inner, on_input, activation;
+  int64_t width, n, latent, inner, on_input, activation;
   int64_t identity;  // expert numbers past n that return their input
   double alpha, gate_min, gate_max, up_min, up_max, up_offset, output_scale;
+};
+
+// What goes in and comes out beside hidden states: given experts and weights; logits, weights and experts that are wanted.
+struct Others {
+  int64_t k;
+  const int64_t* indices;  // [T, k]
+  const void* weights;     // [T, k]
+  void *logits, *chosen_weights;  // [T, rows], [T, k]
+  int64_t* chosen;                // [T, k]
 };
 
 // One call. Without a router, experts and weights are given; without experts, only the routing is wanted.
@@ -26,22 +35,28 @@ template <class S, class W> struct Block {
   Call<W> experts;  // hidden is [T, d]
   int64_t width;    // d
   const W* seen;    // [T, d], what the router reads
-  const RouterPlan* router;
-  const ExpertsPlan* plan;
-  S *logits, *weights;  // [T, rows], [T, k], or null where not wanted
-  int64_t* indices;     // [T, k], or null
-  W* out;               // [T, d], or null
+  const RouterPlan& router;
+  const ExpertsPlan& plan;
+  S *logits, *weights;
+  int64_t* indices;
+  W* out;  // [T, d]
 };
 
-template <class W>
-Call<W> block_call(int64_t tokens, int64_t k, const int64_t* indices, const void* weights, const void* hidden,
-                   const ExpertsPlan* plan) {
-  static const ExpertsPlan none{};
-  const ExpertsPlan& e = plan ? *plan : none;
+template <class S, class W>
+Block<S, W> block_of(int64_t tokens, const void* hidden, const void* seen, const RouterPlan* router,
+                     const ExpertsPlan* experts, void* out, const Others* others) {
+  static const RouterPlan no_router{};
+  static const ExpertsPlan no_experts{};
+  static const Others nothing{};
+  const RouterPlan& r = router ? *router : no_router;
+  const ExpertsPlan& e = experts ? *experts : no_experts;
+  const Others& o = others ? *others : nothing;
   auto at = [](const void* p) { return static_cast<const W*>(p); };
-  return {tokens, k, e.n, e.latent, e.inner, at(hidden), at(weights), at(e.gate), at(e.up), at(e.down), at(e.gate_bias),
-          at(e.up_bias), at(e.down_bias), indices, e.on_input != 0,
-          {int32_t(e.activation), e.alpha, e.gate_min, e.gate_max, e.up_min, e.up_max, e.up_offset}};
+  return {{tokens, router ? r.k : o.k, e.n, e.latent, e.inner, at(hidden), at(o.weights), at(e.gate), at(e.up), at(e.down),
+           at(e.gate_bias), at(e.up_bias), at(e.down_bias), o.indices, e.on_input != 0,
+           {int32_t(e.activation), e.alpha, e.gate_min, e.gate_max, e.up_min, e.up_max, e.up_offset}},
+          router ? r.width : e.width, at(seen), r, e, static_cast<S*>(o.logits), static_cast<S*>(o.chosen_weights), o.chosen,
+          static_cast<W*>(out)};
 }
 
 // to[t][row] for rows [first, last) of weight [., k] times each of x [tokens, ld].
@@ -67,10 +82,8 @@ void rows_times(const W* weight, int64_t k, int64_t first, int64_t last, const S
 template <class S, class W> int block(const Block<S, W>& b, int threads) {
   constexpr int64_t ROWS = lanes<S>;  // of a projection, at a time
   Call<W> c = b.experts;
-  static const RouterPlan no_router{};
-  static const ExpertsPlan no_experts{};
-  const RouterPlan& r = b.router ? *b.router : no_router;
-  const ExpertsPlan& e = b.plan ? *b.plan : no_experts;
+  const RouterPlan& r = b.router;
+  const ExpertsPlan& e = b.plan;
   const W *down = static_cast<const W*>(e.latent_down), *up = static_cast<const W*>(e.latent_up);
   const W *output_bias = static_cast<const W*>(e.output_bias);
   const Rule<S> rule{r.rows, c.k, int32_t(r.score), int32_t(r.normalize), r.topk_first != 0, r.bias_on_logit != 0,
@@ -120,15 +133,15 @@ template <class S, class W> int block(const Block<S, W>& b, int threads) {
   };
   int code = 0;
   if (down) c.hidden = z;
-  if (b.router) {
+  if (r.weight) {
     c.indices = chosen;
     c.weights = narrowed;
   }
   Small<S, W> few{c, sorted.pair, work, row_of, 0, 1, h, y};
   const auto choose = [&](int64_t) {
-    for (int64_t t = 0; b.router && t < tokens; ++t)
+    for (int64_t t = 0; r.weight && t < tokens; ++t)
       select(rule, logits + t * n, choices, order, chosen + t * c.k, weighed + t * c.k);
-    for (int64_t p = 0; b.router && p < pairs; ++p) {
+    for (int64_t p = 0; r.weight && p < pairs; ++p) {
       narrowed[p] = narrow<W>(weighed[p]);
       if (b.indices) b.indices[p] = chosen[p];
       if (b.weights) b.weights[p] = weighed[p];

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from latentize.block_native import Kept, block_few, experts_few, route_few
 from latentize.ops import check_indices, compute
@@ -21,13 +20,6 @@ def _parameter(tensor: Tensor | None) -> nn.Parameter | None:
         return None
     tensor = tensor.clone() if tensor.is_inference() else tensor.detach()  # inference tensors cannot be trained
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-
-
-def _unheard(module: nn.Module | None, kind: type[nn.Module]) -> bool:
-    """Whether a module is one of `kind` itself, and nobody listens to its calls."""
-    if type(module) is not kind or "forward" in vars(module):
-        return False
-    return not (module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
 
 
 class Router(nn.Module):
@@ -167,19 +159,13 @@ class LatentMoE(nn.Module):
 
     def forward(self, hidden: Tensor, router_hidden: Tensor | None = None) -> Tensor:
         """Routed output [..., d] of hidden [..., d]; the router reads `router_hidden` [..., d] where it is given."""
-        if not torch.compiler.is_compiling():
-            few = self._at_once(hidden, hidden if router_hidden is None else router_hidden)
-            if few is not None:
-                return few
+        router, experts = self._modules["router"], self._modules["experts"]
+        seen = hidden if router_hidden is None else router_hidden
+        few = block_few(hidden, seen, (router, Router), (experts, LatentExperts))  # type: ignore[arg-type]
+        if few is not None:
+            return few
         flat = hidden.reshape(-1, hidden.shape[-1])
         seen = flat if router_hidden is None else router_hidden.reshape(-1, router_hidden.shape[-1])
         routing: Routing = self.router(seen)
         routed: Tensor = self.experts(flat, routing.indices, routing.weights)
         return routed.view(hidden.shape)
-
-    def _at_once(self, hidden: Tensor, seen: Tensor) -> Tensor | None:
-        """The output without calls of `router` and `experts`, where that can be and nobody listens to them."""
-        router, experts = self._modules["router"], self._modules["experts"]
-        if not (_unheard(router, Router) and _unheard(experts, LatentExperts)):
-            return None
-        return block_few(hidden, seen, router, experts)  # type: ignore[arg-type]

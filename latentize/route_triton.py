@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from latentize import kernels_triton, ops, routing
 from latentize.kernels_triton_steps import power_of_two
@@ -25,6 +24,8 @@ torch.library.define(
     "(Tensor logits, Tensor? selection_bias, Tensor? per_expert_scale, int top_k, float? softcap, str score,"
     " bool topk_first, bool bias_on_logit, str normalize, float eps, float scale) -> (Tensor, Tensor)",
 )
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._is_torch_function_mode_enabled
+_transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _select_experts = torch.ops.latentize.select_experts.default
 
 
@@ -66,9 +67,7 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def watched() -> bool:
     """Whether somebody sees single operations: a mode of Python's dispatch, a trace, a transform such as vmap."""
-    modes = _get_current_dispatch_mode() is not None or torch._C._is_torch_function_mode_enabled()
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return modes or transformed or torch._C._get_tracing_state() is not None
+    return bool(_dispatch_modes() or _function_modes() or _transforms() is not None or _tracing() is not None)
 
 
 def route(logits: Tensor, router: RouterSpec) -> Routing:

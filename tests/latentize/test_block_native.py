@@ -82,9 +82,9 @@ def calls(monkeypatch):
     """The calls of the kernel: (with a router, with experts) of each."""
     seen, call = [], block_native._call
 
-    def counted(hidden, read, chosen, router, experts, written):
+    def counted(hidden, read, router, experts, out, others):
         seen.append((router is not None, experts is not None))
-        return call(hidden, read, chosen, router, experts, written)
+        return call(hidden, read, router, experts, out, others)
 
     monkeypatch.setattr(block_native, "_call", counted)
     return seen
@@ -244,6 +244,32 @@ def test_changed_weights_are_seen(calls):
         assert calls[6:] == [(True, True)]
 
 
+def test_tensors_made_at_each_look_are_left_to_the_operations(calls):
+    module, x = LatentMoE(block().to(torch.float32)), tokens(1).float()
+    with torch.no_grad():
+        expected = module(x)
+        twin = copy.deepcopy(module)
+        torch.nn.utils.parametrize.register_parametrization(twin.experts, "gate", nn.Identity())
+        assert_close(twin(x), expected)
+        gate = module.experts.gate.detach()
+        del module.experts.gate
+        module.experts.gate = gate
+        assert_close(module(x), expected)
+        module.experts.gate_bias = torch.ones(6, 20)
+        assert not torch.allclose(module(x), expected)
+    assert calls == [(True, True)] + [(True, False)] * 3
+
+
+def test_an_absent_tensor_that_appears_is_seen():
+    module, x = LatentMoE(block().to(torch.float32)), tokens(1).float()
+    with torch.no_grad():
+        before = module(x)
+        module.experts.output_bias = nn.Parameter(torch.ones(24))
+        assert_close(module(x), before + 1)
+        module.router.selection_bias = torch.tensor([9.0, 9.0, 9.0, 0.0, 0.0, 0.0])
+        assert sorted(module.router(x).indices[0].tolist()) == [0, 1, 2]
+
+
 def test_copies_compute_with_their_own_weights():
     module, x = LatentMoE(block().to(torch.float32)), tokens(1).float()
     with torch.no_grad():
@@ -339,5 +365,5 @@ def test_without_compiled_kernels_the_operations_serve(calls, monkeypatch):
     with torch.no_grad():
         expected = module(x)
         monkeypatch.setattr(block_native, "block_of", lambda _dtype: None)
-        assert_close(module(x), expected, rtol=1e-5, atol=1e-6)
+        assert_close(copy.deepcopy(module)(x), expected, rtol=1e-5, atol=1e-6)
     assert calls == [(True, True)]
