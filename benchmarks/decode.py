@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from measured import keep, table
-from runtime import Sizes, random_spec, transformers_block, work
+from runtime import Sizes, random_spec, settle, transformers_block, work
 from torch import Tensor, nn
 
 from latentize import ops
@@ -89,6 +89,7 @@ def measure(sizes: Sizes, layers: int, seconds: float, folder: Path) -> list[dic
         for name, form in order:
             form(y)
             spent[name].append(_seconds(lambda form=form, x=x: form(x)) / layers)
+            settle(name)
     ours = spent["latent ours"]
     return [
         {

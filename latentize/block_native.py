@@ -30,18 +30,20 @@ _NORMALIZE = {"none": 0, "sum": 1, "clamp": 2}
 
 
 class _RouterPlan(ctypes.Structure):
-    """`RouterPlan` of kernels_native_block.h, and the kernel that takes it."""
+    """`RouterPlan` of kernels_native_block.h, with the kernel that takes it and where it lies."""
 
     function: Callable[..., int]
+    address: int
     _fields_ = (
         ("tensors", ctypes.c_void_p * 4), ("numbers", ctypes.c_int64 * 8), ("scalars", ctypes.c_double * 3)
     )  # fmt: skip
 
 
 class _ExpertsPlan(ctypes.Structure):
-    """`ExpertsPlan` of kernels_native_block.h, and the kernel that takes it."""
+    """`ExpertsPlan` of kernels_native_block.h, with the kernel that takes it and where it lies."""
 
     function: Callable[..., int]
+    address: int
     _fields_ = (
         ("tensors", ctypes.c_void_p * 9), ("numbers", ctypes.c_int64 * 7), ("scalars", ctypes.c_double * 7)
     )  # fmt: skip
@@ -238,7 +240,7 @@ def _with_kernel(plan: _P, dtype: torch.dtype) -> _P | None:
     function = block_of(dtype)
     if function is None:
         return None
-    plan.function = function
+    plan.function, plan.address = function, ctypes.addressof(plan)
     return plan
 
 
@@ -271,8 +273,8 @@ def _call(
         hidden.numel() // hidden.shape[-1],
         hidden.data_ptr(),
         seen.data_ptr(),
-        None if router is None else ctypes.byref(router),
-        None if experts is None else ctypes.byref(experts),
+        None if router is None else router.address,
+        None if experts is None else experts.address,
         None if out is None else out.data_ptr(),
         others,
         torch.get_num_threads(),
