@@ -9,8 +9,8 @@ needs: after each of its calls there is a pause, and then a call of PyTorch that
 at width d, `latent` at ℓ with projections around it; `transformers` is its experts class (eager, batched_mm,
 grouped_mm), `ours` the operator as it chooses, `torch` its plain torch kernels, `onnxruntime` an exported file.
 `bandwidth` is the bytes of the experts that were hit, and of projections and router, over the time, as a fraction of
-the copy bandwidth (read + write) measured in the same process; `gemm` the FLOPs as a fraction of the measured GEMM rate.
-Reading alone can be faster than copying, and caches faster than both: a fraction may exceed 1. At one token
+the copy bandwidth (read + write) measured in the same process; `gemm` the FLOPs as a fraction of the measured GEMM
+rate. Reading alone can be faster than copying, and caches faster than both: a fraction may exceed 1. At one token
 benchmarks/decode.py says what a block takes among others, as in a model.
 """
 
