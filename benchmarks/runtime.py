@@ -3,12 +3,15 @@
     python benchmarks/runtime.py                      fp32 and bf16, T = 1 … 1024, under three minutes
     python benchmarks/runtime.py --tokens 4096 --dtypes float32 --threads 2
 
-All forms of a row are run in turn, in one process and on the same tokens, with new tokens every round; times are
-medians. `original` works at width d, `latent` at ℓ with projections around it; `transformers` is its experts class
-(eager, batched_mm, grouped_mm), `ours` the operator as it chooses, `torch` its plain torch kernels, `onnxruntime` an
-exported file. `bandwidth` is the bytes of the experts that were hit, and of projections and router, over the time, as
-a fraction of the copy bandwidth (read + write) measured in the same process; `gemm` the FLOPs as a fraction of the
-measured GEMM rate. Reading alone can be faster than copying, and caches faster than both: a fraction may exceed 1.
+All forms of a row are run in turn, in one process and on the same tokens, with new tokens every round and in an order
+drawn anew; times are medians. Threads of onnxruntime spin for some 50 ms after a call, on the cores that the next form
+needs: after each of its calls there is a pause, and then a call of PyTorch that wakes its own threads. `original` works
+at width d, `latent` at ℓ with projections around it; `transformers` is its experts class (eager, batched_mm,
+grouped_mm), `ours` the operator as it chooses, `torch` its plain torch kernels, `onnxruntime` an exported file.
+`bandwidth` is the bytes of the experts that were hit, and of projections and router, over the time, as a fraction of
+the copy bandwidth (read + write) measured in the same process; `gemm` the FLOPs as a fraction of the measured GEMM
+rate. Reading alone can be faster than copying, and caches faster than both: a fraction may exceed 1. At one token
+benchmarks/decode.py says what a block takes among others, as in a model.
 """
 
 from __future__ import annotations
@@ -16,10 +19,10 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -29,7 +32,7 @@ import torch
 from measured import RESULTS, keep, table
 from torch import Tensor, nn
 
-from latentize import kernels_native
+from latentize import ops
 from latentize.activations import Activation
 from latentize.kernels_torch import Dispatch
 from latentize.moe import LatentMoE
@@ -40,6 +43,8 @@ Form = Callable[[Tensor], Any]
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
 #: Seconds for one row's rounds, and the fewest and most rounds.
 SECONDS, FEWEST, MOST = 6.0, 5, 200
+#: Seconds after which onnxruntime's threads sleep.
+SETTLE = 0.1
 #: Where a form copies each pair's weights: not run beyond so many tokens.
 BATCHED_LIMIT = 64
 
@@ -194,21 +199,10 @@ def plain(spec: MoESpec) -> Form:
     block = LatentMoE(spec)
 
     def run(x: Tensor) -> Tensor:
-        with without_compiled_kernels():
+        with ops.plain():
             return block(x)
 
     return run
-
-
-@contextmanager
-def without_compiled_kernels() -> Iterator[None]:
-    """Let the operator use plain torch."""
-    serves = kernels_native.serves
-    kernels_native.serves = lambda *_: False
-    try:
-        yield
-    finally:
-        kernels_native.serves = serves
 
 
 def parts(spec: MoESpec) -> dict[str, Form]:
@@ -261,16 +255,25 @@ def interleaved(
         form(samples[0])
         form(samples[1])
     spent: dict[str, list[float]] = {name: [] for name in forms}
-    started = time.perf_counter()
+    started, order = time.perf_counter(), list(forms.items())
     for i in range(MOST):
         if i >= FEWEST and time.perf_counter() - started > seconds:
             break
         x = samples[i % len(samples)]
-        for name, form in forms.items():
+        random.Random(i).shuffle(order)
+        for name, form in order:
             begin = clock()
             form(x)
             spent[name].append(clock() - begin)
+            settle(name)
     return spent
+
+
+def settle(name: str) -> None:
+    """Let the threads of onnxruntime stop spinning after one of its forms, and wake PyTorch's."""
+    if "onnxruntime" in name:
+        time.sleep(SETTLE)
+        torch.zeros(1 << 20).add_(1)
 
 
 def peaks(dtype: torch.dtype, clock: Callable[[], float]) -> tuple[float, float]:

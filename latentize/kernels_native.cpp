@@ -5,7 +5,7 @@
 // fp16). Compiled on demand by kernels_native.py.
 
 #include "kernels_native_backward.h"
-#include "kernels_native_forward.h"
+#include "kernels_native_block.h"
 
 namespace {
 
@@ -41,3 +41,14 @@ FORWARD(float16, float, fp16)
   }
 BACKWARD(float32, float)
 BACKWARD(float64, double)
+
+// A whole block, or a part of it: see kernels_native_block.h. Returns as above.
+#define BLOCK(suffix, S, W)                                                                                            \
+  extern "C" int latent_block_##suffix(int64_t tokens, const void* hidden, const void* seen, const RouterPlan* router, \
+                                       const ExpertsPlan* experts, void* out, const Others* others, int threads) {     \
+    return block<S, W>(block_of<S, W>(tokens, hidden, seen, router, experts, out, others), threads);                   \
+  }
+BLOCK(float32, float, float)
+BLOCK(float64, double, double)
+BLOCK(bfloat16, float, bf16)
+BLOCK(float16, float, fp16)

@@ -46,6 +46,7 @@ class Library:
     """The compiled kernels by dtype."""
 
     forward: dict[torch.dtype, Callable[..., int]]
+    block: dict[torch.dtype, Callable[..., int]]
     backward: dict[torch.dtype, Callable[..., int]]
 
 
@@ -53,6 +54,12 @@ def load() -> Library | None:
     """The compiled kernels, or None where they cannot be had. The first call may compile; safe to call from threads."""
     with _lock:
         return _load()
+
+
+def block_of(dtype: torch.dtype) -> Callable[..., int] | None:
+    """The kernel of a whole block (`latentize.block_native`) for a dtype; None where there is none."""
+    library = load() if dtype in _FORWARD else None
+    return None if library is None else library.block[dtype]
 
 
 def serves(hidden: Tensor, experts: Experts) -> bool:
@@ -95,7 +102,7 @@ def forward(
     sizes, scalars = _describe(indices, experts, activation, weights_on_input)
     tensors = _held(hidden, indices, weights, experts)
     function = library.forward[hidden.dtype]
-    _raise(function(sizes, _pointers(tensors), scalars, out.data_ptr(), torch.get_num_threads()), indices)
+    raise_for(function(sizes, _pointers(tensors), scalars, out.data_ptr(), torch.get_num_threads()), indices)
     return out
 
 
@@ -122,7 +129,7 @@ def backward(
     tensors = (*_held(hidden, indices, weights, experts), grad.contiguous())
     outputs = _pointers([None if t is None else g for t, g in zip(like, gradients, strict=True)])
     function = library.backward[hidden.dtype]
-    _raise(function(sizes, _pointers(tensors), scalars, outputs, torch.get_num_threads()), indices)
+    raise_for(function(sizes, _pointers(tensors), scalars, outputs, torch.get_num_threads()), indices)
     return gradients
 
 
@@ -130,9 +137,19 @@ def _describe(
     indices: Tensor, experts: Experts, a: Activation, on_input: bool
 ) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_double]]:
     n, m, width = experts.up.shape
-    sizes = _NUMBERS(*indices.shape, n, width, m, on_input, _ACTIVATION_NUMBERS[a.name])
+    sizes = _NUMBERS(*indices.shape, n, width, m, on_input, activation_number(a))
+    return sizes, _SCALARS(*activation_scalars(a))
+
+
+def activation_number(a: Activation) -> int:
+    """The number that the kernels know an activation's function by."""
+    return _ACTIVATION_NUMBERS[a.name]
+
+
+def activation_scalars(a: Activation) -> tuple[float, ...]:
+    """alpha, gate_min, gate_max, up_min, up_max, up_offset; absent bounds are infinite."""
     low, high = -math.inf, math.inf
-    return sizes, _SCALARS(
+    return (
         a.alpha,
         low if a.gate_min is None else a.gate_min,
         high if a.gate_max is None else a.gate_max,
@@ -155,7 +172,8 @@ def _contiguous(experts: Experts) -> bool:
     return all(t is None or t.is_contiguous() for t in experts)
 
 
-def _raise(code: int, indices: Tensor) -> None:
+def raise_for(code: int, indices: Tensor) -> None:
+    """Raise what a kernel's return code means for indices [T, k]; 0 is success."""
     if code == 1:
         raise ValueError(f"indices {list(indices.shape)}: expected expert numbers >= 0, found {int(indices.amin())}")
     if code:
@@ -174,16 +192,18 @@ def _load() -> Library | None:
 
 
 def _bind(library: ctypes.CDLL) -> Library:
-    def bind(name: str, out: type) -> Callable[..., int]:
+    def bind(name: str, *arguments: type) -> Callable[..., int]:
         function = library[name]
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, out, ctypes.c_int)
+        function.argtypes = arguments
         function.restype = ctypes.c_int
         return function
 
-    pointer = ctypes.c_void_p
+    call = (*(ctypes.c_void_p,) * 4, ctypes.c_int)
+    block = (ctypes.c_int64, *(ctypes.c_void_p,) * 6, ctypes.c_int)
     return Library(
-        {dtype: bind(f"latent_experts_{name}", pointer) for dtype, name in _FORWARD.items()},
-        {dtype: bind(f"latent_experts_backward_{name}", pointer) for dtype, name in _BACKWARD.items()},
+        {dtype: bind(f"latent_experts_{name}", *call) for dtype, name in _FORWARD.items()},
+        {dtype: bind(f"latent_block_{name}", *block) for dtype, name in _FORWARD.items()},
+        {dtype: bind(f"latent_experts_backward_{name}", *call) for dtype, name in _BACKWARD.items()},
     )
 
 

@@ -8,35 +8,42 @@
 
 namespace {
 
-constexpr int AHEAD = 12;         // steps of a vector that dot products read ahead
-constexpr int64_t FEW = 8;  // up to so many tokens, an expert is computed by dot products
+constexpr int64_t AHEAD = 4096;  // bytes that dot products read ahead
+constexpr int64_t FEW = 8;       // up to so many tokens, an expert is computed by dot products
 
-// Lane r * nt + t of the result is the dot product of weight row r with vector t; lanes / nt rows.
+// Lane r * nt + t of the result is the dot product of weight row r with vector t; lanes / nt rows. The rows are read one
+// after the other, as they lie in memory: processors fetch ahead along a line, less well along several at once.
 template <class S, class W, int nt> INLINE Vec<S> dots(const W* weight, int64_t k, const S* const* x, int64_t rows) {
   constexpr int n = lanes<S>, nr = n / nt;
-  Vec<S> acc[n] = {};
-  const W* row[nr];
-  for (int r = 0; r < nr; ++r) row[r] = weight + std::min<int64_t>(r, rows - 1) * k;
-  int64_t i = 0;
-  for (; i + n <= k; i += n) {
-    // Some steps ahead: in these rows, or in those that follow them in memory.
-    const int64_t ahead = i + AHEAD * n < k ? i + AHEAD * n : nr * k + i + AHEAD * n - k;
-    Vec<S> v[nt];
-#pragma GCC unroll 4
-    for (int t = 0; t < nt; ++t) v[t] = load(x[t] + i);
+  constexpr int line = 64 / (n * sizeof(W)) > 1 ? 64 / (n * sizeof(W)) : 1;  // vectors of a row in a cache line
+  constexpr int steps = nt == 1 ? line : nt == 2 && line > 1 ? 2 : 1;
+  Vec<S> acc[n];
 #pragma GCC unroll 16
-    for (int r = 0; r < nr; ++r) {
-      __builtin_prefetch(row[r] + ahead, 0, 3);
-      Vec<S> w = load(row[r] + i);
+  for (int r = 0; r < nr; ++r) {
+    const W* row = weight + std::min<int64_t>(r, rows - 1) * k;
+    Vec<S> part[steps][nt] = {};
+    int64_t i = 0;
+    for (; i + steps * n <= k; i += steps * n) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row + i) + AHEAD, 0, 3);
 #pragma GCC unroll 4
-      for (int t = 0; t < nt; ++t) acc[r * nt + t] += w * v[t];
+      for (int s = 0; s < steps; ++s) {
+        Vec<S> w = load(row + i + s * n);
+#pragma GCC unroll 4
+        for (int t = 0; t < nt; ++t) part[s][t] += w * load(x[t] + i + s * n);
+      }
+    }
+    for (; i < k; i += n) {
+      const int left = int(std::min<int64_t>(n, k - i));
+      Vec<S> w = load_tail<S>(row + i, left);
+      for (int t = 0; t < nt; ++t) part[0][t] += w * load_tail<S>(x[t] + i, left);
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < nt; ++t) {
+      acc[r * nt + t] = part[0][t];
+#pragma GCC unroll 4
+      for (int s = 1; s < steps; ++s) acc[r * nt + t] += part[s][t];
     }
   }
-  if (i < k)
-    for (int r = 0; r < nr; ++r) {
-      Vec<S> w = load_tail<S>(row[r] + i, int(k - i));
-      for (int t = 0; t < nt; ++t) acc[r * nt + t] += w * load_tail<S>(x[t] + i, int(k - i));
-    }
   return sums<S, n / 2>(acc);
 }
 
@@ -140,14 +147,79 @@ template <class S, class F> INLINE void in_groups(int64_t count, const F& f) {
   if (count - t >= 1) f(std::integral_constant<int, 1>{}, t);
 }
 
+// The experts with few tokens. Each is one piece of work; where threads outnumber them, their rows are cut.
+template <class S, class W> struct Small {
+  const Call<W>& call;
+  const int64_t* pair;  // sorted pairs
+  Work* work;
+  int64_t *row_of, count, cuts;  // row of h of each one's first pair
+  S *h, *y;                      // [rows, padded m], [T * k, padded l]
+
+  // Up to FEW + 4 rows of pointers: past the last, the last.
+  template <class F> INLINE void each(const Work& w, const F& f) const {
+    for (int64_t t = 0; t < FEW + 4; ++t) f(t, std::min(t, w.count - 1), pair[w.first + std::min(t, w.count - 1)]);
+  }
+  // Rows [first, last) of `total` that a cut takes.
+  INLINE std::pair<int64_t, int64_t> cut_of(int64_t total, int64_t cut) const {
+    const int64_t step = padded<S>((total + cuts - 1) / cuts), first = std::min(total, cut * step);
+    return {first, std::min(total, first + step)};
+  }
+  // Each cut keeps its own copy of the tokens, in the thread's memory `mine`.
+  void up(int64_t item, int64_t cut, S* mine) const {
+    const Work& w = work[item];
+    const int64_t ld = padded<S>(call.width), ldh = padded<S>(call.inner);
+    const S* from[FEW + 4];
+    S* to[FEW + 4];
+    each(w, [&](int64_t t, int64_t own, int64_t p) {
+      if (t == own)
+        copy_row<S>(call.hidden + p / call.k * call.width, call.width, call.on_input ? S(widen(call.weights[p])) : S(1),
+                    mine + t * ld);
+      from[t] = mine + own * ld;
+      to[t] = h + (row_of[item] + own) * ldh;
+    });
+    const auto [first, last] = cut_of(call.inner, cut);
+    in_groups<S>(w.count, [&, first = first, last = last](auto nt, int64_t t) {
+      few_up<S, W, nt.value>(call, w.expert, first, last, from + t, to + t);
+    });
+  }
+  void down(int64_t item, int64_t cut) const {
+    const Work& w = work[item];
+    const int64_t ld = padded<S>(call.width), ldh = padded<S>(call.inner);
+    const S* from[FEW + 4];
+    S *to[FEW + 4], scale[FEW + 4];
+    each(w, [&](int64_t t, int64_t own, int64_t p) {
+      from[t] = h + (row_of[item] + own) * ldh;
+      to[t] = y + p * ld;
+      scale[t] = call.on_input ? S(1) : S(widen(call.weights[p]));
+    });
+    const auto [first, last] = cut_of(call.width, cut);
+    in_groups<S>(w.count, [&, first = first, last = last](auto nt, int64_t t) {
+      few_down<S, W, nt.value>(call, w.expert, first, last, from + t, scale + t, to + t);
+    });
+  }
+  // By all threads of a region, each with its own memory of FEW rows. Whole experts: nobody waits between the halves.
+  void run(Phase& first, Phase& second, S* mine) const {
+    if (cuts == 1)
+      return first.run(count, [&](int64_t item) { up(item, 0, mine), down(item, 0); });
+    first.run(count * cuts, [&](int64_t i) { up(i / cuts, i % cuts, mine); });
+    second.run(count * cuts, [&](int64_t i) { down(i / cuts, i % cuts); });
+  }
+};
+
+// Into how many pieces the rows of each small expert are cut so that every thread has something to do.
+INLINE int64_t cuts_of(int64_t smalls, int64_t bigs, int64_t inner, int threads) {
+  return smalls ? std::max<int64_t>(1, std::min<int64_t>(3 * threads / (smalls + bigs), inner / 64)) : 1;
+}
+
 template <class S, class W> int forward(const Call<W>& c, W* out, int threads) {
   const int64_t pairs = c.tokens * c.k, ld = padded<S>(c.width), ldh = padded<S>(c.inner);
+  threads = worth(pairs * c.width * c.inner * (c.gate ? 3 : 2), threads);
   const BlockSizes<S> size(c.width, c.inner);
   const int64_t per_thread = (size.total() + 15) / 16 * 16;
   const int64_t most_work = std::min(pairs, c.experts) + pairs / PANEL<S> + 1;
   const int64_t few_rows = std::min(pairs, c.experts * FEW);
   size_t ints = (c.experts + 2 + pairs + few_rows) * sizeof(int64_t) + 2 * most_work * sizeof(Work);
-  size_t bytes = (ints + 63) / 64 * 64 + (pairs * ld + few_rows * (ldh + ld) + threads * per_thread) * sizeof(S);
+  size_t bytes = (ints + 63) / 64 * 64 + (pairs * ld + few_rows * ldh + threads * per_thread) * sizeof(S);
   char* memory = scratch.reserve(bytes);
   if (!memory) return 2;
   Sorted sorted{reinterpret_cast<int64_t*>(memory), reinterpret_cast<int64_t*>(memory) + c.experts + 2};
@@ -163,60 +235,22 @@ template <class S, class W> int forward(const Call<W>& c, W* out, int threads) {
     else if (count)
       small[smalls++] = {e, first, count}, rows += count;
   }
-  // Few experts and many threads: cut the rows of each expert, so that every thread has something to do.
-  const int64_t cuts = smalls ? std::max<int64_t>(1, std::min<int64_t>(3 * threads / (smalls + bigs), c.inner / 64)) : 1;
   S* y = reinterpret_cast<S*>(memory + (ints + 63) / 64 * 64);
-  S *x = y + pairs * ld, *h = x + few_rows * ld, *local = h + few_rows * ldh;
-  // Row of x and h of the small experts' sorted pairs: small experts come in order, so a running number does.
+  S *h = y + pairs * ld, *local = h + few_rows * ldh;
+  // Row of h of the small experts' sorted pairs: small experts come in order, so a running number does.
   int64_t* row_of = sorted.pair + pairs;
   for (int64_t i = 0, row = 0; i < smalls; ++i) row_of[i] = row, row += small[i].count;
-  const Call<W>* call = &c;
+  const Small<S, W> few{c, sorted.pair, small, row_of, smalls, cuts_of(smalls, bigs, c.inner, threads), h, y};
+  Phase many_tokens, half, other_half;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     S* mine = local + thread_number() * per_thread;
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t item = 0; item < bigs; ++item)
-      many<S, W>(*call, big[item].expert, sorted.pair + big[item].first, big[item].count, mine, y, ld);
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < smalls * cuts; ++item) {
-      const Work& work = small[item / cuts];
-      const int64_t cut = item % cuts, step = padded<S>((call->inner + cuts - 1) / cuts);
-      const int64_t first = std::min(call->inner, cut * step), last = std::min(call->inner, first + step);
-      const S* from[FEW + 4];
-      S* to[FEW + 4];
-      for (int64_t t = 0; t < FEW + 4; ++t) {
-        int64_t row = row_of[item / cuts] + std::min(t, work.count - 1), pair = sorted.pair[work.first + std::min(t, work.count - 1)];
-        // Each cut keeps its own copy of the token, in the thread's memory.
-        S* copy = mine + t * ld;
-        if (t < work.count)
-          copy_row<S>(call->hidden + pair / call->k * call->width, call->width,
-                      call->on_input ? S(widen(call->weights[pair])) : S(1), copy);
-        from[t] = mine + std::min(t, work.count - 1) * ld;
-        to[t] = h + row * ldh;
-      }
-      in_groups<S>(work.count, [&](auto nt, int64_t t) {
-        few_up<S, W, nt.value>(*call, work.expert, first, last, from + t, to + t);
-      });
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < smalls * cuts; ++item) {
-      const Work& work = small[item / cuts];
-      const int64_t cut = item % cuts, step = padded<S>((call->width + cuts - 1) / cuts);
-      const int64_t first = std::min(call->width, cut * step), last = std::min(call->width, first + step);
-      const S* from[FEW + 4];
-      S* to[FEW + 4];
-      S scale[FEW + 4];
-      for (int64_t t = 0; t < FEW + 4; ++t) {
-        int64_t own = std::min(t, work.count - 1), pair = sorted.pair[work.first + own];
-        from[t] = h + (row_of[item / cuts] + own) * ldh;
-        to[t] = y + pair * ld;
-        scale[t] = call->on_input ? S(1) : S(widen(call->weights[pair]));
-      }
-      in_groups<S>(work.count, [&](auto nt, int64_t t) {
-        few_down<S, W, nt.value>(*call, work.expert, first, last, from + t, scale + t, to + t);
-      });
-    }
-    combine<S, W>(call->indices, call->tokens, call->k, call->experts, call->width, y, ld, out);
+    many_tokens.take(bigs, [&](int64_t i) {
+      many<S, W>(c, big[i].expert, sorted.pair + big[i].first, big[i].count, mine, y, ld);
+    });
+    few.run(half, other_half, mine);
+    many_tokens.wait(bigs);
+    combine<S, W>(c.indices, c.tokens, c.k, c.experts, c.width, y, ld, out);
   }
   scratch.trim();
   return 0;

@@ -3,11 +3,9 @@
 #pragma once
 
 #include <cstdlib>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "kernels_native_activations.h"
+#include "kernels_native_threads.h"
 
 namespace {
 
@@ -61,14 +59,6 @@ struct Scratch {
 thread_local Scratch scratch;
 
 template <class S> constexpr int64_t padded(int64_t count) { return (count + lanes<S> - 1) / lanes<S> * lanes<S>; }
-
-INLINE int thread_number() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // One hidden row, scaled, widened, zeros up to `padded(width)`.
 template <class S, class W> void copy_row(const W* from, int64_t width, S scale, S* to) {

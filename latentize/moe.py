@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from latentize.block_native import Kept, block_few, experts_few, route_few
 from latentize.ops import check_indices, compute
 from latentize.route_triton import logits_of, routed
 from latentize.routing import Routing
@@ -36,14 +37,15 @@ class Router(nn.Module):
         self.bias = _parameter(spec.bias)
         self.register_buffer("selection_bias", spec.selection_bias)
         self.register_buffer("per_expert_scale", spec.per_expert_scale)
-        self._rule = replace(spec, weight=torch.empty(0), bias=None, selection_bias=None, per_expert_scale=None)
+        self.rule = replace(spec, weight=torch.empty(0), bias=None, selection_bias=None, per_expert_scale=None)
+        self.kept = Kept()
 
     @property
     def spec(self) -> RouterSpec:
         """The routing function with the tensors as they are now."""
         assert self.weight is not None
         return replace(
-            self._rule,
+            self.rule,
             weight=self.weight,
             bias=self.bias,
             selection_bias=self.selection_bias,
@@ -60,12 +62,13 @@ class Router(nn.Module):
 
     def forward(self, hidden: Tensor) -> Routing:
         """Routing of hidden [T, d]."""
-        return routed(self.logits(hidden), self.spec)
+        few = route_few(hidden, self)
+        return routed(self.logits(hidden), self.spec) if few is None else few
 
     def extra_repr(self) -> str:
         """Sizes for printing."""
         assert self.weight is not None
-        return f"hidden_size={self.weight.shape[1]}, num_experts={self.weight.shape[0]}, top_k={self._rule.top_k}"
+        return f"hidden_size={self.weight.shape[1]}, num_experts={self.weight.shape[0]}, top_k={self.rule.top_k}"
 
 
 class LatentExperts(nn.Module):
@@ -90,12 +93,16 @@ class LatentExperts(nn.Module):
         self.num_identity = experts.num_identity
         self.output_scale = spec.output_scale
         self.weights_on_input = spec.router.applies_to == "input"
+        self.kept = Kept()
 
     def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Routed output [T, d] of hidden [T, d], indices [T, k] int64 and weights [T, k], in the dtype of `hidden`."""
         assert self.up is not None
         if hidden.dtype != self.up.dtype:
             return self.forward(hidden.to(self.up.dtype), indices, weights).to(hidden.dtype)
+        few = experts_few(hidden, indices, weights, self)
+        if few is not None:
+            return few
         latent = hidden if self.latent_down is None else F.linear(hidden, self.latent_down)
         combined = self.combine(latent, indices, weights)
         output = combined if self.latent_up is None else F.linear(combined, self.latent_up)
@@ -152,6 +159,11 @@ class LatentMoE(nn.Module):
 
     def forward(self, hidden: Tensor, router_hidden: Tensor | None = None) -> Tensor:
         """Routed output [..., d] of hidden [..., d]; the router reads `router_hidden` [..., d] where it is given."""
+        router, experts = self._modules["router"], self._modules["experts"]
+        seen = hidden if router_hidden is None else router_hidden
+        few = block_few(hidden, seen, (router, Router), (experts, LatentExperts))  # type: ignore[arg-type]
+        if few is not None:
+            return few
         flat = hidden.reshape(-1, hidden.shape[-1])
         seen = flat if router_hidden is None else router_hidden.reshape(-1, router_hidden.shape[-1])
         routing: Routing = self.router(seen)

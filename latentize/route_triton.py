@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from latentize import kernels_triton, ops, routing
 from latentize.kernels_triton_steps import power_of_two
@@ -25,6 +24,8 @@ torch.library.define(
     "(Tensor logits, Tensor? selection_bias, Tensor? per_expert_scale, int top_k, float? softcap, str score,"
     " bool topk_first, bool bias_on_logit, str normalize, float eps, float scale) -> (Tensor, Tensor)",
 )
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._is_torch_function_mode_enabled
+_transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _select_experts = torch.ops.latentize.select_experts.default
 
 
@@ -38,7 +39,7 @@ def serves(logits: Tensor, router: RouterSpec) -> bool:
 
     Not where a gradient is asked for or operations are being watched, traced or compiled: they see the definition's.
     """
-    if torch.compiler.is_compiling() or _watched() or ops.is_plain():
+    if torch.compiler.is_compiling() or watched() or ops.is_plain():
         return False
     tensors = (logits, router.selection_bias, router.per_expert_scale)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
@@ -56,17 +57,17 @@ def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     narrow = hidden.dtype == weight.dtype and hidden.dtype in (torch.bfloat16, torch.float16)
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    watched = torch.compiler.is_compiling() or _watched()
-    if narrow and hidden.is_cuda and torch.version.hip is None and hidden.dim() == 2 and not (learns or watched):
+    seen = torch.compiler.is_compiling() or watched()
+    if narrow and hidden.is_cuda and torch.version.hip is None and hidden.dim() == 2 and not (learns or seen):
         logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
         return logits if bias is None else logits + bias.to(torch.float32)
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
-def _watched() -> bool:
-    """Whether a mode of Python's dispatch is active: a recording, fake tensors."""
-    return _get_current_dispatch_mode() is not None
+def watched() -> bool:
+    """Whether somebody sees single operations: a mode of Python's dispatch, a trace, a transform such as vmap."""
+    return bool(_dispatch_modes() or _function_modes() or _transforms() is not None or _tracing() is not None)
 
 
 def route(logits: Tensor, router: RouterSpec) -> Routing:
