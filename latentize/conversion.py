@@ -20,7 +20,7 @@ from latentize.errors import LatentizeError, first_line
 from latentize.forecast import Forecast
 from latentize.initialise import initialise
 from latentize.inputs import Batch, Inputs, observing
-from latentize.memory import release
+from latentize.memory import trim
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan, check_plan, make_plan
 from latentize.predict import predict
@@ -283,7 +283,7 @@ def measure(
         LatentizeError: the model rejects a batch, or its activations are never finite.
     """
     used = _measured(teacher, batches)
-    release()  # what proving blocks left behind
+    trim()  # what proving blocks left behind
     return collect(teacher.model, teacher.blocks, used, max_tokens=SAMPLE_TOKENS, seed=recipe.seed, progress=progress)
 
 
@@ -313,13 +313,13 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
         for name in stage:
             progress(len(specs), len(prepared.plans), name)
             statistics = None if prepared.statistics is None else prepared.statistics[name]
-            release()
+            trim()
             spec = initialise(
                 prepared.teacher.blocks[name].spec, prepared.plans[name], statistics,
                 reading=readings.get(name), seed=recipe.seed,
             )  # fmt: skip
             specs[name] = in_dtype(spec, recipe)
-    release()
+    trim()
     progress(len(prepared.plans), len(prepared.plans))
     return {name: specs[name] for name in prepared.plans}
 
@@ -354,5 +354,5 @@ def in_dtype(spec: MoESpec, recipe: Recipe) -> MoESpec:
 
 def measure_errors(teacher: Rewritten, student: Rewritten, batches: Sequence[Batch]) -> dict[str, float]:
     """Relative error of each new block on the original's own inputs, over some of the batches."""
-    release()  # the statistics that the start needed
+    trim()  # the statistics that the start needed
     return block_errors(teacher.blocks, student.blocks, teacher.model, batches[:ERROR_BATCHES])

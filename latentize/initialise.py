@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
-from latentize.memory import all_finite, release, trim
+from latentize.memory import all_finite, trim
 from latentize.output_fit import Computed, coefficients, damping, explained, factorise, features, fit, selected
 from latentize.plan import BlockPlan, fits
 from latentize.projections import (
@@ -122,7 +122,7 @@ def _from_activations(
     moment = shrink(tokens.input_moment(), len(tokens.hidden))
     few = tokens.first(SENSITIVITY_TOKENS)
     needed = input_sensitivity(spec, few.hidden, few.routing, importance, seed)
-    release()  # what gradients were computed from
+    trim()  # what gradients were computed from
     down = input_projection(shrink(needed, DRAWS * len(few.hidden)), moment, plan.latent_dim)
     guess = reconstruction(down, moment)
 
@@ -130,7 +130,7 @@ def _from_activations(
     router = _multiply(spec, plan, dropped.to(tokens.hidden.dtype), tokens)
     parents = replace(divided(spec, plan.topk_factor), router=router)  # child c of expert e is number c * N + e
     routing = router_forward(parents, tokens.seen)
-    release()  # the decompositions' workspaces
+    trim()  # the decompositions' workspaces
     children = plan.experts_factor * spec.num_experts
     guesses = local_guesses(down, moment, tokens.hidden * tokens.weights, routing, children)
     start = narrow_inputs(parents, down, guesses, plan.experts_factor)
