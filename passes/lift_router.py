@@ -68,7 +68,7 @@ def fit_router(
         clear: [T] tokens whose weights are known; an expert whose output vanishes tells nothing of its own.
     """
     if not bool(clear.any()):
-        return None, "its routing weights cannot be read off its output: for every token a selected expert adds nothing to it"
+        return None, "its routing weights cannot be read off its output: for every token a selected expert adds nothing"
     logits = region.head.logit_rows().double()
     count = logits.shape[1]
     if experts > count:
