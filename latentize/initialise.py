@@ -302,10 +302,13 @@ def fit_output(
     phi = features(start, hidden, routing, weights)
     before = coefficients(full.experts.down, full.experts.down_bias)
     ridge, wanted = damping(phi), target * weights
-    up, mix = factorise(*explained(phi, wanted, before, ridge), importance, start.latent_dim, ridge)
-    trim()
-    # The fit is linear in what is to be reached and where it starts: mixed before it, less has to be held.
-    fitted = fit(phi, wanted @ mix, Computed(len(before), lambda expert: before[expert] @ mix), ridge)
+    predicted, squares, fitted = explained(phi, wanted, before, ridge)
+    up, mix = factorise(predicted, squares, importance, start.latent_dim, ridge)
+    if fitted is not None:
+        fitted = fitted @ mix
+    else:  # the fit is linear in what is to be reached and where it starts: mixed before it, less has to be held
+        trim()
+        fitted = fit(phi, wanted @ mix, Computed(len(before), lambda expert: before[expert] @ mix), ridge)
     m = start.intermediate_size
     down = fitted[:, :m].mT.contiguous()
     bias = None if start.experts.down_bias is None else fitted[:, m]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -184,23 +184,25 @@ def fit(phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: 
     return change
 
 
-def explained(
-    phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float
-) -> tuple[Tensor, Tensor]:
-    """What the B of `fit` predicts, Φ B [T, c], and Σ_e B_eᵀ B_e [c, c] in fp64, without keeping B.
+class Explained(NamedTuple):
+    """What a fit predicts, Φ B [T, c], and Bᵀ B [c, c] in fp64; B [N, f, c] itself where it was formed."""
 
-    Where experts are fitted in turn it is the B of one turn.
-    """
-    experts = len(phi.tokens)
+    predicted: Tensor
+    gram: Tensor
+    fitted: Tensor | None
+
+
+def explained(phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float) -> Explained:
+    """What the B of `fit` predicts. Where experts are fitted in turn it is the B of one turn, which is not kept."""
     if phi.dense:
         fitted = fit(phi, target, start, ridge)
-        return phi.times(fitted), _gram(fitted.flatten(0, 1))
+        return Explained(phi.times(fitted), _gram(fitted.flatten(0, 1)), fitted)
     left, gram = target - phi.times(start), target.new_zeros(target.shape[1], target.shape[1], dtype=torch.float64)
-    for expert in range(experts):
+    for expert in range(len(phi.tokens)):
         rows = start[expert % len(start)]
         change = _own_change(phi, expert, left, torch.zeros_like(rows), ridge)
         gram += _gram(rows if change is None else rows + change)
-    return target - left, gram
+    return Explained(target - left, gram, None)
 
 
 def _change(phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float) -> Tensor:

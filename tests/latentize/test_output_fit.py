@@ -98,10 +98,13 @@ def test_what_is_explained_is_what_the_fit_predicts(most: int, monkeypatch: pyte
     x, y = random(T, D, seed=6), random(T, D, seed=7)
     start = random(N, M + 1, D, seed=9)
     phi = features(spec, x, router_forward(spec, x))
-    predicted, gram = explained(phi, y, start, 3.0)
+    predicted, squares, kept = explained(phi, y, start, 3.0)
     fitted = fit(phi, y, start, 3.0)
     torch.testing.assert_close(predicted, phi.times(fitted))
-    torch.testing.assert_close(gram, fitted.flatten(0, 1).T @ fitted.flatten(0, 1))
+    torch.testing.assert_close(squares, fitted.flatten(0, 1).T @ fitted.flatten(0, 1))
+    if kept is not None:
+        assert torch.equal(kept, fitted)
+    assert (kept is None) == (most == 0)
 
 
 @pytest.mark.parametrize("most", [output_fit.DENSE_FEATURES, 0], ids=["dense", "iterative"])
