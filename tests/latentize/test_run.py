@@ -181,10 +181,16 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(net, capsys, 
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+def _heed_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("reached", ["evaluate ", pytest.param("Blocks found", marks=pytest.mark.slow)])
 def test_the_signal_of_ctrl_c_ends_a_run_in_one_line_and_it_can_be_resumed(net, reached):
     arguments = [sys.executable, "-m", "latentize", "net.py", "-o", "out", "--latent-dim", "8", "--heal", "60"]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    # A shell that starts the tests in its background has them ignore the signal, and what they start too.
+    with subprocess.Popen(arguments, **pipes, preexec_fn=_heed_ctrl_c) as process:
         assert any(line.startswith(reached) for line in process.stdout)
         process.send_signal(signal.SIGINT)
         last = process.stdout.read().strip().splitlines()[-1]
