@@ -100,9 +100,10 @@ def features(spec: MoESpec, hidden: Tensor, routing: Routing, weights: Tensor | 
     """
     latent = hidden if spec.latent is None else hidden @ spec.latent.down.to(hidden.dtype).T
     experts, on_input = spec.experts, spec.router.applies_to == "input"
+    chosen = [selected(routing, expert) for expert in range(spec.num_experts)]
 
     def columns(expert: int) -> Tensor:
-        token, weight = selected(routing, expert)
+        token, weight = chosen[expert]
         gate, up = preactivations(experts, expert, latent[token] * weight if on_input else latent[token])
         h = experts.activation(gate, up)
         if experts.down_bias is not None:
@@ -112,7 +113,7 @@ def features(spec: MoESpec, hidden: Tensor, routing: Routing, weights: Tensor | 
         return h if weights is None else h * weights[token]
 
     width = spec.intermediate_size + (experts.down_bias is not None)
-    tokens = [selected(routing, expert)[0] for expert in range(spec.num_experts)]
+    tokens = [token for token, _ in chosen]
     found = Features(tokens, Computed(spec.num_experts, columns), len(hidden), width)
     return replace(found, columns=list(found.columns)) if found.dense else found
 
