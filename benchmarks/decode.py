@@ -27,10 +27,9 @@ from typing import Any
 
 import torch
 from measured import keep, table
-from runtime import Sizes, random_spec, settle, transformers_block, work
+from runtime import Sizes, onnxruntime_forms, plain, random_spec, settle, transformers_block, work
 from torch import Tensor, nn
 
-from latentize import ops
 from latentize.moe import LatentMoE
 from latentize.spec import MoESpec
 
@@ -120,10 +119,10 @@ def _shuffled(spec: MoESpec, seed: int) -> MoESpec:
 def _forms(specs: list[MoESpec], nbytes: int, folder: Path) -> dict[str, Form]:
     """Every form of the stack, held against ours."""
     ours = Stack([LatentMoE(spec) for spec in specs]).eval()
-    forms: dict[str, Form] = {"latent ours": ours, "latent torch": _plain(ours)}
+    forms: dict[str, Form] = {"latent ours": ours, "latent torch": plain(ours)}
     for name in ("eager", "grouped_mm"):
         forms["latent transformers " + name] = Stack([transformers_block(spec, name) for spec in specs])
-    forms |= _onnxruntime(ours, folder)
+    forms |= onnxruntime_forms(ours, specs[0].hidden_size, folder)
     x = torch.randn(1, specs[0].hidden_size)
     for name, form in forms.items():
         found = form(x)
@@ -131,33 +130,6 @@ def _forms(specs: list[MoESpec], nbytes: int, folder: Path) -> dict[str, Form]:
         assert (found - ours(x)).norm() < 1e-4 * ours(x).norm(), f"{name} computes something else"
     regions = [torch.randn(nbytes // 4) for _ in specs]
     return forms | {"read alone": lambda _: [region.sum() for region in regions]}
-
-
-def _plain(stack: Stack) -> Form:
-    """The stack with the plain torch kernels in place of the compiled ones."""
-
-    def run(x: Tensor) -> Tensor:
-        with ops.plain():
-            return stack(x)
-
-    return run
-
-
-def _onnxruntime(stack: Stack, folder: Path) -> dict[str, Form]:
-    """The stack exported with the two fastest bodies; none where onnxruntime is not installed."""
-    try:
-        from latentize.exporters.onnx import export_onnx
-        from latentize.exporters.onnx_check import open_session
-    except ImportError:
-        return {}
-    forms: dict[str, Form] = {}
-    for body in ("moe", "unrolled"):
-        path = folder / f"{body}.onnx"
-        export_onnx(stack, (torch.randn(16, stack.blocks[0].router.weight.shape[1]),), {}, path, form=body)
-        session = open_session(path, torch.get_num_threads())
-        name = session.get_inputs()[0].name
-        forms["latent onnxruntime " + body] = lambda x, s=session, n=name: s.run(None, {n: x.numpy()})
-    return forms
 
 
 def _seconds(run: Callable[[], Any]) -> float:

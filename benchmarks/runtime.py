@@ -97,10 +97,10 @@ def measure(
         "original ours": LatentMoE(original)
     }
     forms |= {"latent transformers " + name: transformers_block(latent, name) for name in TRANSFORMERS}
-    forms |= {"latent reference": lambda x: moe_forward(latent, x), "latent torch": plain(latent)}
+    forms |= {"latent reference": lambda x: moe_forward(latent, x), "latent torch": plain(LatentMoE(latent))}
     forms |= {"latent ours": LatentMoE(latent), **parts(latent)}
     if dtype == torch.float32:
-        forms |= onnxruntime_forms(latent, folder)
+        forms |= onnxruntime_forms(LatentMoE(latent), latent.hidden_size, folder)
     copied, gemm = peaks(dtype, clock)
     rows = []
     for count in tokens:
@@ -194,13 +194,12 @@ def transformers_block(spec: MoESpec, implementation: str) -> Form:
     return block
 
 
-def plain(spec: MoESpec) -> Form:
-    """Our module with the plain torch kernels in place of the compiled ones."""
-    block = LatentMoE(spec)
+def plain(module: nn.Module) -> Form:
+    """A module of ours with the plain torch kernels in place of the compiled ones."""
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Any:
         with ops.plain():
-            return block(x)
+            return module(x)
 
     return run
 
@@ -230,8 +229,8 @@ def parts(spec: MoESpec) -> dict[str, Form]:
     }
 
 
-def onnxruntime_forms(spec: MoESpec, folder: Path) -> dict[str, Form]:
-    """The latent block exported with the two fastest bodies; none where onnxruntime is not installed."""
+def onnxruntime_forms(module: nn.Module, hidden_size: int, folder: Path) -> dict[str, Form]:
+    """A latent block, or several, exported with the two fastest bodies; none where onnxruntime is not installed."""
     try:
         from latentize.exporters.onnx import export_onnx
         from latentize.exporters.onnx_check import open_session
@@ -240,7 +239,7 @@ def onnxruntime_forms(spec: MoESpec, folder: Path) -> dict[str, Form]:
     forms: dict[str, Form] = {}
     for body in ("moe", "unrolled"):
         path = folder / f"{body}.onnx"
-        export_onnx(LatentMoE(spec), (torch.randn(16, spec.hidden_size),), {}, path, form=body)
+        export_onnx(module, (torch.randn(16, hidden_size),), {}, path, form=body)
         session = open_session(path, torch.get_num_threads())
         name = session.get_inputs()[0].name
         forms["latent onnxruntime " + body] = lambda x, s=session, n=name: s.run(None, {n: x.numpy()})

@@ -9,17 +9,17 @@ from itertools import product
 
 import pytest
 import torch
+from random_blocks import random_block
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentize import block_native, kernels_native, ops
-from latentize.activations import Activation
 from latentize.moe import LatentMoE
 from latentize.reference import moe_forward
 from latentize.routing import route
-from latentize.spec import ExpertsSpec, Groups, LatentSpec, MoESpec, RouterSpec
+from latentize.spec import Groups
 
 pytestmark = pytest.mark.skipif(kernels_native.load() is None, reason="no C++ compiler here")
 
@@ -47,30 +47,19 @@ BLOCKS = {
 }
 
 
-def block(d=24, width=9, m=20, n=6, k=3, *, latent=True, gated=True, biases=False, identity=0, factor=1.0, **rule):
+def block(d=24, width=9, m=20, n=6, k=3, *, identity=0, biases=False, factor=1.0, **options):
     """A spec in fp64 with random weights of moderate size."""
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64) * shape[-1] ** -0.5
 
-    width, rows = width if latent else d, n + identity
     for name in ("selection_bias", "per_expert_scale"):
-        if rule.get(name) is True:
-            rule[name] = normal(rows)
-    experts = ExpertsSpec(
-        normal(n, m, width),
-        normal(n, width, m),
-        normal(n, m, width) if gated else None,
-        normal(n, m) if gated and biases else None,
-        normal(n, m) if biases else None,
-        normal(n, width) if biases else None,
-        Activation("silu" if gated else "relu_squared"),
-        identity,
-    )
-    router = RouterSpec(4 * normal(rows, d), k, bias=normal(rows) if biases else None, **rule)
-    projections = LatentSpec(normal(width, d), normal(d, width)) if latent else None
-    return MoESpec(router, experts, projections, factor, normal(d) if biases else None)
+        if options.get(name) is True:
+            options[name] = normal(n + identity)
+    spec = random_block(normal, d, width, m, n, k, identity=identity, biases=biases, **options)
+    router = replace(spec.router, weight=4 * spec.router.weight)
+    return replace(spec, router=router, output_scale=factor, output_bias=normal(d) if biases else None)
 
 
 def tokens(count, d=24, seed=1):

@@ -5,36 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from random_blocks import random_block
 from torch import Tensor
 from torch.testing import assert_close
 
 from latentize import ops
-from latentize.activations import Activation
 from latentize.moe import LatentMoE
 from latentize.reference import moe_forward
-from latentize.spec import ExpertsSpec, Groups, LatentSpec, MoESpec, RouterSpec
+from latentize.spec import Groups, LatentSpec, MoESpec
 
 
 def normal(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def block(d=8, width=3, m=5, n=6, k=2, *, latent=True, gated=True, biases=False, identity=0, **routing) -> MoESpec:
+def block(d=8, width=3, m=5, n=6, k=2, **options) -> MoESpec:
     torch.manual_seed(0)
-    width = width if latent else d
-    rows = n + identity
-    experts = ExpertsSpec(
-        normal(n, m, width),
-        normal(n, width, m),
-        normal(n, m, width) if gated else None,
-        normal(n, m) if gated and biases else None,
-        normal(n, m) if biases else None,
-        normal(n, width) if biases else None,
-        Activation("silu" if gated else "relu_squared"),
-        identity,
-    )
-    router = RouterSpec(normal(rows, d), k, bias=normal(rows) if biases else None, **routing)
-    return MoESpec(router, experts, LatentSpec(normal(width, d), normal(d, width)) if latent else None)
+    return random_block(normal, d, width, m, n, k, **options)
 
 
 VARIANTS = {
