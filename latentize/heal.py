@@ -17,6 +17,7 @@ from latentize.compare import block_errors
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
+from latentize.heal_crew import Worker, hire
 from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
 from latentize.heal_pieces import piece_count
@@ -80,13 +81,15 @@ def heal(
                 "batches": len(calibration),
                 "parameters": trainables.shapes(),
             }
+            pieces = piece_count(teacher, train[0], steps.piece_tokens, steps.pieces)
+            crew = hire(Worker(student, teacher, student_blocks, teacher_blocks, embeddings), train[0], pieces)
             job = Job(
                 student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
                 progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
-                piece_count(teacher, train[0], steps.piece_tokens, steps.pieces),
-                embeddings, steps.text if is_text else 0.0,
+                pieces, crew, steps.text if is_text else 0.0,
             )  # fmt: skip
-            return _run(job)
+            with crew.at_work():
+                return _run(job)
 
 
 def _run(job: Job) -> HealReport:

@@ -117,24 +117,35 @@ def _step(
     metrics: Mapping[str, Tensor],
 ) -> None:
     """One step of all blocks; a block whose loss or gradient is not finite sits it out."""
+    names = list(tokens)
+    found = job.crew.each(lambda _worker, name: _block_gradients(job, state, name, tokens[name], metrics[name]), names)
     gradients: list[Tensor | None] = [None] * len(job.trainables.parameters)
-    with RoutingTap(job.student_blocks) as tap:
-        for name, activations in tokens.items():
-            block = job.student_blocks[name]
-            wrong, whole = squared_error(block, activations, metrics[name])
-            loss = wrong / whole.clamp_min(1e-30)
-            routings = tap.take()[name]
-            for routing in routings:
-                push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
-                if push is not None:
-                    loss = loss + loss.detach() * push
-            state.shares[name] = follow(state.shares[name], count(routings, len(state.shares[name])))
-            places = job.trainables.of(name)
-            found = torch.autograd.grad(loss, [job.trainables.parameters[i] for i in places], allow_unused=True)
-            if math.isfinite(loss.item()) and all(g is None or bool(g.isfinite().all()) for g in found):
-                for i, gradient in zip(places, found, strict=True):
-                    gradients[i] = gradient
+    for name, (of_block, counts) in zip(names, found, strict=True):
+        state.shares[name] = follow(state.shares[name], counts)
+        for i, gradient in zip(job.trainables.of(name), of_block, strict=True):
+            gradients[i] = gradient
     job.apply(optimizer, gradients, cosine(state.block_steps, job.plan.block_steps, job.plan.warmup))
+
+
+@torch.enable_grad()
+def _block_gradients(
+    job: Job, state: State, name: str, activations: Activations, metric: Tensor
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients of one block's error by its parameters, each None where one is not finite, and its experts' counts."""
+    block = job.student_blocks[name]
+    with RoutingTap({name: block}) as tap:
+        wrong, whole = squared_error(block, activations, metric)
+        routings = tap.take()[name]
+    loss = wrong / whole.clamp_min(1e-30)
+    for routing in routings:
+        push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
+        if push is not None:
+            loss = loss + loss.detach() * push
+    parameters = [job.trainables.parameters[i] for i in job.trainables.of(name)]
+    found: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    if not math.isfinite(loss.item()) or not all(g is None or bool(g.isfinite().all()) for g in found):
+        found = [None] * len(found)
+    return found, count(routings, len(state.shares[name]))
 
 
 def squared_error(block: LatentMoE, activations: Activations, metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
+from latentize.heal_crew import Crew, Worker
 from latentize.heal_load import RoutingTap, starved_experts
 from latentize.heal_plan import HealPlan
 from latentize.heal_splice import Text, padded, reading
@@ -94,7 +95,7 @@ class Job:
     notes: list[str]
     step_sizes: list[float]
     pieces: int
-    embeddings: list[nn.Embedding]
+    crew: Crew
     text_weight: float
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
@@ -153,7 +154,7 @@ class Job:
         for (_, name), master, size in zip(trained.names, trained.masters, self.step_sizes, strict=True):
             factor = next((f for part, f in RATE_FACTORS.items() if part in name), 1.0)
             groups.append({"params": [master], "lr": rate * size, "rate": rate * factor * size})
-        optimizer = Soap(groups)
+        optimizer = Soap(groups, each=lambda update, them: self.crew.each(lambda _worker, it: update(it), them))
         if saved is not None:
             optimizer.load_state_dict(saved)
         return optimizer
@@ -182,28 +183,33 @@ class Job:
             value = (value * 1_000_003 + part + 1) % (2**63 - 1)
         return torch.Generator().manual_seed(value)
 
-    def reading(self, batch: Batch, *key: int, spliced: bool = True) -> AbstractContextManager[Text]:
-        """What both models read in one step, spliced or as it is: the same whenever it is asked for.
+    def reading(self, worker: Worker, batch: Batch, *key: int, spliced: bool = True) -> AbstractContextManager[Text]:
+        """What both models of a worker read in one step, spliced or as it is: the same whenever it is asked for.
 
         Where there is padding nothing is spliced, and no text is found.
         """
         if padded(batch):
             return nullcontext(Text())
-        return reading(self.embeddings, (lambda: self.generator(2, *key)) if spliced else None)
+        return reading(worker.embeddings, (lambda: self.generator(2, *key)) if spliced else None)
 
     def measure(self) -> tuple[float, int]:
         """Held-out loss, and the number of experts below the least load there."""
         counts = {name: torch.zeros(b.spec.num_experts, dtype=torch.int64) for name, b in self.student_blocks.items()}
         wrong = whole = 0.0
-        with RoutingTap(self.student_blocks) as tap, torch.no_grad():
-            for batch in self.held_out:
-                inputs = Inputs.of(batch)
-                sums = self.loss.sums(inputs.call(self.student), inputs.call(self.teacher), batch)
-                wrong, whole = wrong + sums[0].item(), whole + sums[1].item()
-                for name, seen in tap.counts().items():
-                    counts[name] += seen
+        for far, out_of, seen in self.crew.each(self._measured, self.held_out):
+            wrong, whole = wrong + far, whole + out_of
+            for name, selected in seen.items():
+                counts[name] += selected
         loss = wrong / whole if whole else wrong
         return loss, sum(starved_experts(c.tolist(), self.plan.min_load) for c in counts.values())
+
+    @torch.no_grad()
+    def _measured(self, worker: Worker, batch: Batch) -> tuple[float, float, dict[str, Tensor]]:
+        """The two sums of the distance over one batch, and the selections of each block's experts."""
+        inputs = Inputs.of(batch)
+        with RoutingTap(worker.student_blocks) as tap:
+            sums = self.loss.sums(inputs.call(worker.student), inputs.call(worker.teacher), batch)
+            return sums[0].item(), sums[1].item(), tap.counts()
 
     def better(self, loss: float, starved: int, state: State) -> bool:
         """Whether weights measured so are kept: no worse than the start, then no more starved experts, then loss."""

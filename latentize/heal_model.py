@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from latentize.heal_crew import Worker, weighted
 from latentize.heal_job import (
     FALL_BACK_RATE,
     FALL_BACKS,
@@ -54,8 +56,7 @@ def heal_model(job: Job, state: State) -> None:
         batch = job.train_batch(state.model_steps)
         for number, piece in enumerate(pieces_of(batch, pieces)):
             share = cosine(state.model_steps + number / pieces, plan.model_steps, plan.warmup)
-            with job.reading(piece, state.model_steps, number, spliced=spliced) as text:
-                found = _gradients(job, state, piece, text if near else Text())
+            found = _gradients(job, state, _Step(piece, (state.model_steps, number), spliced, near))
             if found is None:
                 continue
             if not _finite(*found):
@@ -82,15 +83,57 @@ def heal_model(job: Job, state: State) -> None:
         state.notes.append("healing found no weights better than the ones it started from, which were kept")
 
 
-def _gradients(job: Job, state: State, batch: Batch, text: Text) -> tuple[float, list[Tensor | None]] | None:
-    """Loss of a batch and its gradients; None where the teacher's own output is not finite."""
+@dataclass(frozen=True)
+class _Step:
+    """What one step reads: whether `text` is a target too, and whether it is `spliced`."""
+
+    batch: Batch
+    key: tuple[int, int]
+    spliced: bool
+    text: bool
+
+
+class _Part(NamedTuple):
+    """What a worker found on its part of a step."""
+
+    wrong: float
+    whole: float
+    gradients: list[Tensor | None]
+    counts: dict[str, Tensor]  # block -> [N] selections
+
+
+def _gradients(job: Job, state: State, step: _Step) -> tuple[float, list[Tensor | None]] | None:
+    """Distance over a step and the gradients of its loss; None where the teacher's own output is not finite."""
+    parts = list(enumerate(pieces_of(step.batch, len(job.crew))))
+    found = job.crew.each(lambda worker, part: _part(job, state, step, worker, *part), parts)
+    usable = [part for part in found if part is not None]
+    whole = sum(part.whole for part in usable)
+    if len(usable) < len(found):
+        return None
+    for name, share in state.shares.items():
+        state.shares[name] = follow(share, sum((part.counts[name] for part in usable[1:]), usable[0].counts[name]))
+    if len(usable) == 1:
+        return usable[0].wrong / max(whole, 1e-30), usable[0].gradients
+    gradients = weighted((part.whole / max(whole, 1e-30), part.gradients) for part in usable)
+    return sum(part.wrong for part in usable) / max(whole, 1e-30), gradients
+
+
+@torch.enable_grad()
+def _part(job: Job, state: State, step: _Step, worker: Worker, number: int, batch: Batch) -> _Part | None:
+    """One worker's part of a step."""
+    key = (*step.key, number) if number else step.key
+    with job.reading(worker, batch, *key, spliced=step.spliced) as text:
+        return _distance(job, state, worker, batch, text if step.text else Text())
+
+
+def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) -> _Part | None:
     inputs = Inputs.of(batch)
-    with torch.no_grad(), InputTap(job.teacher_blocks) as teacher_inputs:
-        target = inputs.call(job.teacher)
+    with torch.no_grad(), InputTap(worker.teacher_blocks) as teacher_inputs:
+        target = inputs.call(worker.teacher)
     if not job.loss.usable(target):
         return None
-    with RoutingTap(job.student_blocks) as tap, InputTap(job.student_blocks) as student_inputs:
-        output = inputs.call(job.student)
+    with RoutingTap(worker.student_blocks) as tap, InputTap(worker.student_blocks) as student_inputs:
+        output = inputs.call(worker.student)
         routings = tap.take()
     wrong, whole = job.loss.sums(output, target, batch)
     distance = wrong / whole.clamp_min(1e-30)
@@ -99,14 +142,14 @@ def _gradients(job: Job, state: State, batch: Batch, text: Text) -> tuple[float,
     if job.plan.match_inputs:
         weight = job.plan.match_inputs * cosine(state.model_steps, job.plan.model_steps, 0.0)
         loss = loss + weight * mismatch(student_inputs.seen, teacher_inputs.seen)
-    for name, block in job.student_blocks.items():
+    for name, block in worker.student_blocks.items():
         for routing in routings[name]:
             push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
             if push is not None:
                 loss = loss + distance.detach() * push
-        state.shares[name] = follow(state.shares[name], count(routings[name], len(state.shares[name])))
+    counts = {name: count(routings[name], len(share)) for name, share in state.shares.items()}
     found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
-    return distance.item(), list(found)
+    return _Part(wrong.item(), whole.item(), list(found), counts)
 
 
 class InputTap:

@@ -25,7 +25,7 @@ class HealPlan:
     """
 
     block_steps: int = 200
-    model_steps: int = 400
+    model_steps: int = 640
     block_tokens: int = 1024
     pieces: int = 4
     piece_tokens: int = 512

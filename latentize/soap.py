@@ -7,7 +7,7 @@ The mean of the gradients is kept in them too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Soap(torch.optim.Optimizer):
         betas: decay of the mean and of all second moments.
         eps: added to the root of the second moments.
         refresh: steps between two refreshes of the bases.
+        each: runs a function on every item of a sequence, possibly side by side.
     """
 
     def __init__(
@@ -37,40 +38,47 @@ class Soap(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.97),
         eps: float = 1e-10,
         refresh: int = 10,
+        each: Callable[[Callable[[Any], None], Sequence[Any]], object] | None = None,
     ) -> None:
+        self._each = each or _in_turn
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "refresh": refresh})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         loss = None if closure is None else closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+        found = [(p, p.grad, g, self.state[p]) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        # The largest first: then what is done side by side ends together.
+        self._each(lambda one: _update(*one), sorted(found, key=lambda one: -one[0].numel()))
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        beta1, beta2 = group["betas"]
-        state = self.state[parameter]
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
-            if gradient.ndim > 1:
-                _start_bases(state, gradient)
-            if len(state) > 3:
-                return  # in its own bases the first gradient is diagonal: its other second moments are rounding noise
-        state["step"] += 1
-        step = state["step"]
-        turned = _turn(gradient, state)
-        state["mean"].lerp_(turned, 1 - beta1)
-        state["square"].lerp_(turned.square(), 1 - beta2)
-        scale = (state["square"] / (1 - beta2**step)).sqrt().add_(group["eps"])
-        update = (state["mean"] / (1 - beta1**step)).div_(scale)
-        parameter.add_(_turn_back(update, state), alpha=-group["lr"])
+
+def _in_turn(work: Callable[[Any], None], items: Sequence[Any]) -> None:
+    for item in items:
+        work(item)
+
+
+@torch.no_grad()
+def _update(parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    if not state:
+        state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
         if gradient.ndim > 1:
-            _follow_factors(state, gradient, 1 - beta2)
-            if step == 1 or step % group["refresh"] == 0:
-                _refresh_bases(state)
+            _start_bases(state, gradient)
+        if len(state) > 3:
+            return  # in its own bases the first gradient is diagonal: its other second moments are rounding noise
+    state["step"] += 1
+    step = state["step"]
+    turned = _turn(gradient, state)
+    state["mean"].lerp_(turned, 1 - beta1)
+    state["square"].lerp_(turned.square(), 1 - beta2)
+    scale = (state["square"] / (1 - beta2**step)).sqrt().add_(group["eps"])
+    update = (state["mean"] / (1 - beta1**step)).div_(scale)
+    parameter.add_(_turn_back(update, state), alpha=-group["lr"])
+    if gradient.ndim > 1:
+        _follow_factors(state, gradient, 1 - beta2)
+        if step == 1 or step % group["refresh"] == 0:
+            _refresh_bases(state)
 
 
 def _start_bases(state: dict[str, Any], gradient: Tensor) -> None:

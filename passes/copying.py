@@ -9,19 +9,21 @@ import copy
 import copyreg
 from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+_M = TypeVar("_M")
 
 #: What is never taken apart: numbers and names, functions and classes, tensors.
 _WHOLE = (type(None), bool, int, float, complex, str, bytes, type, FunctionType, Tensor)
 
 
-def deep_copy(module: nn.Module, known: Mapping[int, Any] | None = None) -> nn.Module:
+def deep_copy(module: _M, known: Mapping[int, Any] | None = None) -> _M:
     """A deep copy of a module that shares the handles it holds.
 
     Args:
-        module: what to copy.
+        module: what to copy; or several, in a tuple, that may share parts.
         known: what the copy is to hold in place of the module's own objects, by the ids of those.
 
     Raises:
