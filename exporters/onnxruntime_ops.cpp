@@ -1,0 +1,233 @@
+// `latentize::LatentExperts` for onnxruntime on the CPU, by the kernels that serve PyTorch.
+//
+// A library that onnxruntime loads with RegisterCustomOpsLibrary: a session that it was registered in runs this instead of
+// the standard operators in the node's body. The work is done by the session's own threads. Compiled on demand by
+// onnxruntime_ops.py.
+
+#include <climits>
+#include <cmath>
+#include <cstdio>
+#include <mutex>
+#include <new>
+
+#include "kernels_native_forward.h"
+#include "onnxruntime_abi.h"
+
+namespace {
+
+constexpr const char *DOMAIN = "latentize", *NAME = "LatentExperts";
+// As in latentize/activations.py, in the order of `Name`.
+constexpr const char* ACTIVATIONS[] = {"silu", "gelu", "gelu_tanh", "relu", "relu_squared", "sigmoid", "tanh", "leaky_relu",
+                                       "elu", "selu", "mish", "softplus", "hardswish", "relu6", "identity"};
+enum Input { HIDDEN, INDICES, WEIGHTS, GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS, INPUTS };
+constexpr const char* INPUT_NAMES[INPUTS] = {"hidden", "indices", "weights", "gate", "up", "down", "gate_bias", "up_bias",
+                                             "down_bias"};
+constexpr bool optional(size_t input) { return input == GATE || input >= GATE_BIAS; }
+
+template <class W> struct Type;
+template <> struct Type<float> { using Sum = float; static constexpr int element = ort::FLOAT; };
+template <> struct Type<double> { using Sum = double; static constexpr int element = ort::DOUBLE; };
+template <> struct Type<fp16> { using Sum = float; static constexpr int element = ort::FLOAT16; };
+template <> struct Type<bf16> { using Sum = float; static constexpr int element = ort::BFLOAT16; };
+
+// The threads of a session. How many it has is not told, so regions are cut for all that the process may use: what is cut
+// finer than needed costs little, since a thread that comes by takes whatever is left.
+struct SessionTeam {
+  const ort::Api& api;
+  const OrtKernelContext* context;
+  int count;
+  OrtStatus** status;
+  template <class F> void run(int threads, const F& f) const {
+    if (threads == 1) return f(0);
+    const auto call = [](void* data, size_t number) { (*static_cast<const F*>(data))(int64_t(number)); };
+    *status = api.parallel_for(context, call, size_t(threads), const_cast<F*>(&f));
+  }
+};
+
+int usable_threads() {
+  static const int count = int(std::max(1u, std::min(64u, std::thread::hardware_concurrency())));
+  return count;
+}
+
+struct Tensor {
+  const void* data = nullptr;
+  int64_t sizes[3] = {};
+};
+
+// What the attributes of one node say.
+struct Kernel {
+  ort::Api api;
+  Activation activation;
+  bool on_input;
+};
+
+template <class... Args> OrtStatus* fault(const ort::Api& api, const char* format, Args... args) {
+  char message[256];
+  std::snprintf(message, sizeof message, format, args...);
+  return api.fault(ort::INVALID_ARGUMENT, message);
+}
+
+// An attribute of the node, or `otherwise`.
+template <class V> V attribute(const ort::Api& api, const OrtKernelInfo* info, const char* name, V otherwise) {
+  V value = otherwise;
+  OrtStatus* status = api.attribute(info, name, &value);
+  if (!status) return value;
+  api.release(status);
+  return otherwise;
+}
+
+OrtStatus* activation_of(const ort::Api& api, const OrtKernelInfo* info, Activation* to) {
+  char text[32] = "silu";
+  size_t size = 0;
+  OrtStatus* status = api.attribute(info, "activation", nullptr, &size);
+  if (!status) {
+    if (size > sizeof text) return fault(api, "%s: its activation has a name of %zu letters, which is none of ours", NAME, size);
+    if ((status = api.attribute(info, "activation", text, &size))) return status;
+  } else {
+    api.release(status);  // absent
+  }
+  int32_t number = -1;
+  for (int32_t i = 0; i <= IDENTITY; ++i)
+    if (!std::strcmp(text, ACTIVATIONS[i])) number = i;
+  if (number < 0) return fault(api, "%s: activation %s is not known", NAME, text);
+  const auto scalar = [&](const char* name, float otherwise) { return double(attribute(api, info, name, otherwise)); };
+  *to = {number, scalar("alpha", 1), scalar("gate_min", -INFINITY), scalar("gate_max", INFINITY),
+         scalar("up_min", -INFINITY), scalar("up_max", INFINITY), scalar("up_offset", 0)};
+  return nullptr;
+}
+
+OrtStatus* create_kernel(const OrtCustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** kernel) noexcept {
+  const ort::Api api(table);
+  Activation activation;
+  if (OrtStatus* status = activation_of(api, info, &activation)) return status;
+  const bool on_input = attribute(api, info, "weights_on_input", int64_t(0)) != 0;
+  *kernel = new (std::nothrow) Kernel{api, activation, on_input};
+  return *kernel ? nullptr : api.fault(ort::FAIL, "LatentExperts: no memory");
+}
+
+// Reads input `number`; one that is absent has no data.
+OrtStatus* read(const ort::Api& api, const OrtKernelContext* context, size_t number, int element, Tensor* to) {
+  const OrtValue* value = nullptr;
+  if (OrtStatus* status = api.input(context, number, &value)) return status;
+  const char* name = INPUT_NAMES[number];
+  if (!value) return optional(number) ? nullptr : fault(api, "%s: %s is missing", NAME, name);
+  OrtTensorTypeAndShapeInfo* shape = nullptr;
+  if (OrtStatus* status = api.shape(value, &shape)) return status;
+  const size_t expected = number >= GATE && number <= DOWN ? 3 : 2;
+  size_t rank = 0;
+  int found = 0;
+  OrtStatus* status = api.rank(shape, &rank);
+  if (!status) status = api.element(shape, &found);
+  if (!status && rank != expected)
+    status = fault(api, "%s: %s expected %zu dimensions, found %zu", NAME, name, expected, rank);
+  if (!status && found != element) status = fault(api, "%s: %s expected element type %d, found %d", NAME, name, element, found);
+  if (!status) status = api.sizes(shape, to->sizes, rank);
+  api.release(shape);
+  if (status) return status;
+  void* data = nullptr;
+  status = api.data(const_cast<OrtValue*>(value), &data);
+  static const char nothing = 0;
+  to->data = data ? data : &nothing;  // a tensor without elements is there all the same
+  return status;
+}
+
+OrtStatus* check_sizes(const ort::Api& api, const Tensor* in) {
+  const int64_t tokens = in[HIDDEN].sizes[0], width = in[HIDDEN].sizes[1], k = in[INDICES].sizes[1];
+  const int64_t n = in[UP].sizes[0], inner = in[UP].sizes[1];
+  const int64_t expected[INPUTS][3] = {{tokens, width}, {tokens, k}, {tokens, k}, {n, inner, width}, {n, inner, width},
+                                       {n, width, inner}, {n, inner}, {n, inner}, {n, width}};
+  for (int i = 0; i < INPUTS; ++i)
+    if (in[i].data && std::memcmp(expected[i], in[i].sizes, sizeof expected[i]))
+      return fault(api, "%s: %s expected shape [%lld, %lld, %lld], found [%lld, %lld, %lld] (0 past the last)", NAME,
+                   INPUT_NAMES[i], (long long)expected[i][0], (long long)expected[i][1], (long long)expected[i][2],
+                   (long long)in[i].sizes[0], (long long)in[i].sizes[1], (long long)in[i].sizes[2]);
+  if (in[GATE_BIAS].data && !in[GATE].data) return fault(api, "%s: gate_bias without gate", NAME);
+  return nullptr;
+}
+
+template <class W> OrtStatus* compute(void* data, OrtKernelContext* context) noexcept {
+  const Kernel& kernel = *static_cast<const Kernel*>(data);
+  const ort::Api& api = kernel.api;
+  Tensor in[INPUTS];
+  size_t inputs = 0;
+  if (OrtStatus* status = api.input_count(context, &inputs)) return status;
+  if (inputs <= DOWN || inputs > INPUTS) return fault(api, "%s: expected 6 to 9 inputs, found %zu", NAME, inputs);
+  for (size_t i = 0; i < inputs; ++i)
+    if (OrtStatus* status = read(api, context, i, i == INDICES ? ort::INT64 : Type<W>::element, in + i)) return status;
+  if (OrtStatus* status = check_sizes(api, in)) return status;
+  OrtValue* output = nullptr;
+  void* out = nullptr;
+  if (OrtStatus* status = api.output(context, 0, in[HIDDEN].sizes, 2, &output)) return status;
+  if (OrtStatus* status = api.data(output, &out)) return status;
+  const int64_t tokens = in[HIDDEN].sizes[0], width = in[HIDDEN].sizes[1];
+  if (!tokens || !width) return nullptr;
+  const auto at = [&](int i) { return static_cast<const W*>(in[i].data); };
+  const Call<W> call{tokens, in[INDICES].sizes[1], in[UP].sizes[0], width, in[UP].sizes[1], at(HIDDEN), at(WEIGHTS), at(GATE),
+                     at(UP), at(DOWN), at(GATE_BIAS), at(UP_BIAS), at(DOWN_BIAS),
+                     static_cast<const int64_t*>(in[INDICES].data), kernel.on_input, kernel.activation};
+  OrtStatus* status = nullptr;
+  const SessionTeam team{api, context, usable_threads(), &status};
+  const int code = forward<typename Type<W>::Sum, W>(call, static_cast<W*>(out), team);
+  if (status) return status;
+  if (code == 1) return fault(api, "%s: an index is negative", NAME);
+  return code ? api.fault(ort::FAIL, "LatentExperts: no memory for the pairs of tokens and experts") : nullptr;
+}
+
+// The operator for one element type.
+template <class W> const OrtCustomOp* operator_of() {
+  static const OrtCustomOp op = [] {
+    OrtCustomOp op{};
+    op.version = ort::VERSION;
+    op.create_kernel_v1 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*) -> void* { return nullptr; };
+    op.name = [](const OrtCustomOp*) { return NAME; };
+    op.execution_provider = [](const OrtCustomOp*) -> const char* { return nullptr; };  // the CPU's
+    op.input_type = [](const OrtCustomOp*, size_t i) { return i == INDICES ? int(ort::INT64) : Type<W>::element; };
+    op.input_count = [](const OrtCustomOp*) { return size_t(INPUTS); };
+    op.output_type = [](const OrtCustomOp*, size_t) { return Type<W>::element; };
+    op.output_count = [](const OrtCustomOp*) { return size_t(1); };
+    op.compute_v1 = [](void*, OrtKernelContext*) {};
+    op.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+    op.input_characteristic = [](const OrtCustomOp*, size_t i) { return int(optional(i) ? ort::OPTIONAL : ort::REQUIRED); };
+    op.output_characteristic = [](const OrtCustomOp*, size_t) { return int(ort::REQUIRED); };
+    op.input_memory = [](const OrtCustomOp*, size_t) { return 0; };
+    op.variadic_input_min_arity = op.variadic_output_min_arity = [](const OrtCustomOp*) { return 1; };
+    op.variadic_input_homogeneity = op.variadic_output_homogeneity = [](const OrtCustomOp*) { return 1; };
+    op.create_kernel = create_kernel;
+    op.compute = compute<W>;
+    op.infer_shape = nullptr;
+    op.start_version = [](const OrtCustomOp*) { return 1; };
+    op.end_version = [](const OrtCustomOp*) { return INT_MAX; };
+    return op;
+  }();
+  return &op;
+}
+
+// The domain with our operator, made once: whoever it was added to keeps a pointer to it.
+OrtStatus* domain_of(const ort::Api& api, OrtCustomOpDomain** domain) {
+  static std::mutex lock;
+  static OrtCustomOpDomain* made = nullptr;
+  const std::lock_guard<std::mutex> held(lock);
+  if (!made) {
+    OrtCustomOpDomain* fresh = nullptr;
+    if (OrtStatus* status = api.create_domain(DOMAIN, &fresh)) return status;
+    for (const OrtCustomOp* op : {operator_of<float>(), operator_of<double>(), operator_of<fp16>(), operator_of<bf16>()})
+      if (OrtStatus* status = api.add_operator(fresh, op)) return status;
+    made = fresh;
+  }
+  *domain = made;
+  return nullptr;
+}
+
+}  // namespace
+
+extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) noexcept {
+  if (const OrtApi* table = base->table(ort::VERSION)) {
+    const ort::Api api(table);
+    OrtCustomOpDomain* domain = nullptr;
+    if (OrtStatus* status = domain_of(api, &domain)) return status;
+    return api.add_domain(options, domain);
+  }
+  // Every onnxruntime knows version 1, whose first entry makes a status.
+  const OrtApi* oldest = base->table(1);
+  return oldest ? ort::Api(oldest).fault(ort::FAIL, "latentize's operator needs onnxruntime 1.17 or newer") : nullptr;
+}
