@@ -15,7 +15,6 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtValue;
 struct OrtTensorTypeAndShapeInfo;
-struct OrtShapeInferContext;
 struct OrtApi;
 
 struct OrtApiBase {
@@ -44,7 +43,7 @@ struct OrtCustomOp {
   int (*variadic_output_homogeneity)(const OrtCustomOp*);
   OrtStatus* (*create_kernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*, void**);
   OrtStatus* (*compute)(void*, OrtKernelContext*);
-  OrtStatus* (*infer_shape)(const OrtCustomOp*, OrtShapeInferContext*);
+  OrtStatus* (*infer_shape)(const OrtCustomOp*, void*);
   int (*start_version)(const OrtCustomOp*);
   int (*end_version)(const OrtCustomOp*);
 };
@@ -107,12 +106,6 @@ class Api {
   }
   void release(OrtStatus* status) const { at<void(OrtStatus*)>(93)(status); }
   void release(OrtTensorTypeAndShapeInfo* shape) const { at<void(OrtTensorTypeAndShapeInfo*)>(99)(shape); }
-  OrtStatus* input_shape(const OrtShapeInferContext* context, size_t number, OrtTensorTypeAndShapeInfo** shape) const {
-    return at<OrtStatus*(const OrtShapeInferContext*, size_t, OrtTensorTypeAndShapeInfo**)>(268)(context, number, shape);
-  }
-  OrtStatus* set_output_shape(const OrtShapeInferContext* context, size_t number, const OrtTensorTypeAndShapeInfo* shape) const {
-    return at<OrtStatus*(const OrtShapeInferContext*, size_t, const OrtTensorTypeAndShapeInfo*)>(270)(context, number, shape);
-  }
   // f(data, i) for i < count on the session's threads, each once, in any order; returns when all have.
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*f)(void*, size_t), size_t count, void* data) const {
     return at<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, f, count, 0, data);

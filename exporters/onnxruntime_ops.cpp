@@ -96,10 +96,19 @@ OrtStatus* activation_of(const ort::Api& api, const OrtKernelInfo* info, Activat
   return nullptr;
 }
 
+// Attributes are fp32: whether one that fp64 is to be computed with may have been rounded.
+bool rounded(double value) { return std::isfinite(value) && std::floor(value * 4096) != value * 4096; }
+
+template <class W>
 OrtStatus* create_kernel(const OrtCustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** kernel) noexcept {
   const ort::Api api(table);
   Activation activation;
   if (OrtStatus* status = activation_of(api, info, &activation)) return status;
+  const Activation& a = activation;
+  for (double value : {a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset})
+    if (std::is_same_v<W, double> && rounded(value))
+      return fault(api, "%s: the scalar %g of a float64 node was rounded to float32; run it without latentize's operator", NAME,
+                   value);
   const bool on_input = attribute(api, info, "weights_on_input", int64_t(0)) != 0;
   *kernel = new (std::nothrow) Kernel{api, activation, on_input};
   return *kernel ? nullptr : api.fault(ort::FAIL, "LatentExperts: no memory");
@@ -192,9 +201,8 @@ template <class W> const OrtCustomOp* operator_of() {
     op.input_memory = [](const OrtCustomOp*, size_t) { return 0; };
     op.variadic_input_min_arity = op.variadic_output_min_arity = [](const OrtCustomOp*) { return 1; };
     op.variadic_input_homogeneity = op.variadic_output_homogeneity = [](const OrtCustomOp*) { return 1; };
-    op.create_kernel = create_kernel;
+    op.create_kernel = create_kernel<W>;
     op.compute = compute<W>;
-    op.infer_shape = nullptr;
     op.start_version = [](const OrtCustomOp*) { return 1; };
     op.end_version = [](const OrtCustomOp*) { return INT_MAX; };
     return op;
@@ -218,11 +226,24 @@ OrtStatus* domain_of(const ort::Api& api, OrtCustomOpDomain** domain) {
   return nullptr;
 }
 
+// Whether this processor has the instructions that the library was compiled for.
+bool runs_here() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+#elif defined(__AVX2__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+  return true;
+#endif
+}
+
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) noexcept {
   if (const OrtApi* table = base->table(ort::VERSION)) {
     const ort::Api api(table);
+    if (!runs_here())
+      return api.fault(ort::FAIL, "latentize's operator was compiled for a newer processor than this one; build it here");
     OrtCustomOpDomain* domain = nullptr;
     if (OrtStatus* status = domain_of(api, &domain)) return status;
     return api.add_domain(options, domain);

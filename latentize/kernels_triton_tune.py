@@ -19,7 +19,7 @@ from statistics import median
 
 import torch
 
-from latentize.kernels_native import cache_folder
+from latentize.native_build import cache_folder
 from latentize.kernels_triton_steps import Config, Step
 
 _log = logging.getLogger(__name__)
