@@ -92,7 +92,7 @@ def open_session(
         path: the file.
         threads: how many; 0 leaves it to onnxruntime.
         arena: without it every call gives its memory back when it ends, which is slower.
-        operator: the library of `onnxruntime_ops` whose kernels run the experts; None for the file's standard operators.
+        operator: the library of `onnxruntime_ops` that runs the experts; None for the file's standard operators.
 
     Raises:
         LatentizeError: the file is missing, broken, or uses what this onnxruntime does not support.

@@ -1,7 +1,7 @@
 """`latentize::LatentExperts` in onnxruntime on the CPU: our compiled kernels as a library of one custom operator.
 
-A session that the library was registered in runs the node by the kernels, on its own threads; any other session runs the
-body of standard operators that lies in the file. onnxruntime 1.17 or newer loads it, from whatever language.
+A session that the library was registered in runs the node by the kernels, on its own threads; any other session runs
+the body of standard operators that lies in the file. onnxruntime 1.17 or newer loads it, from whatever language.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def build(out: Path, *, native: bool = False) -> Library:
         ResourceError: the disk is full.
     """
     machine = platform.machine()
+    variants: tuple[tuple[str, ...], ...] = _NATIVE
     if native:
-        processor, variants = f"{machine}, as this machine has", _NATIVE
+        processor = f"{machine} with this machine's instructions"
     elif machine in PORTABLE:
         processor, flags = PORTABLE[machine]
         variants = (flags,)

@@ -20,7 +20,7 @@ _FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trap
 
 @dataclass(frozen=True)
 class Sources:
-    """One library: `main` and the headers it may include, which lie in their own folders. `what` names it in the log."""
+    """One library: `main` and the headers it may include, wherever they lie. `what` names it in the log."""
 
     main: Path
     headers: tuple[Path, ...]

@@ -52,7 +52,7 @@ def build(
     console, _ = terminal.consoles(quiet=quiet)
     if libraries:
         made = _library(out, libraries)
-        for line in (describe_library(made), *_kept(out, libraries=(made,))):
+        for line in (describe_library(made, out), *_kept(out, libraries=(made,))):
             console.print(terminal.plain(line))
     if gpus or not libraries:
         _engines(out, gpus, experts, profiles, dtype, quiet=quiet)
@@ -116,11 +116,11 @@ def describe(engine: Engine) -> str:
     )
 
 
-def describe_library(made: Library) -> str:
+def describe_library(made: Library, out: Path) -> str:
     """A library in a line."""
     return (
-        f"{made.file}: {made.bytes:,} bytes, for onnxruntime 1.17 or newer on {made.processor}, built on {made.system}; "
-        f'register it with SessionOptions.register_custom_ops_library("{made.file}")'
+        f"{made.file}: {made.bytes:,} bytes for onnxruntime 1.17 or newer on {made.processor}, built on {made.system}; "
+        f'register it with SessionOptions.register_custom_ops_library("{out / made.file}")'
     )
 
 
@@ -155,7 +155,7 @@ def _kept(out: Path, *, engines: Sequence[Engine] = (), libraries: Sequence[Libr
     if not (out / report.JSON_NAME).exists():
         return []
     made = report.read(out)
-    names = {each.file for each in (*engines, *libraries)}
+    names = {*(engine.file for engine in engines), *(library.file for library in libraries)}
     kept_engines = (*(engine for engine in made.engines if engine.file not in names), *engines)
     kept_libraries = (*(library for library in made.libraries if library.file not in names), *libraries)
     try:

@@ -97,8 +97,8 @@ def agreement(
     """The graph against the model at every length of `TOKENS` that the model takes, on values drawn anew.
 
     By standard operators, then with latentize's own, where its library can be had and takes the graph. A graph that
-    cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both disagree and a
-    router's choice is a tie within the tolerance are left out, counted and drawn again.
+    cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both disagree and
+    a router's choice is a tie within the tolerance are left out, counted and drawn again.
     """
     from latentize.exporters import onnxruntime_ops
     from latentize.exporters.onnx_check import open_session
