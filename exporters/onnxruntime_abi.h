@@ -106,6 +106,13 @@ class Api {
   }
   void release(OrtStatus* status) const { at<void(OrtStatus*)>(93)(status); }
   void release(OrtTensorTypeAndShapeInfo* shape) const { at<void(OrtTensorTypeAndShapeInfo*)>(99)(shape); }
+  OrtStatus* info_input_count(const OrtKernelInfo* info, size_t* count) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t*)>(230)(info, count);
+  }
+  // Input `number` of a node where it is the same in every call.
+  OrtStatus* constant_input(const OrtKernelInfo* info, size_t number, int* constant, const OrtValue** value) const {
+    return at<OrtStatus*(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, number, constant, value);
+  }
   // f(data, i) for i < count on the session's threads, each once, in any order; returns when all have.
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*f)(void*, size_t), size_t count, void* data) const {
     return at<OrtStatus*(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, f, count, 0, data);

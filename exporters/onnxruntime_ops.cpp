@@ -4,13 +4,17 @@
 // the standard operators in the node's body. The work is done by the session's own threads. Compiled on demand by
 // onnxruntime_ops.py.
 
+#include <atomic>
 #include <climits>
 #include <cmath>
 #include <cstdio>
 #include <mutex>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
-#include "kernels_native_forward.h"
+#include "kernels_native_packed.h"
 #include "onnxruntime_abi.h"
 
 namespace {
@@ -54,11 +58,23 @@ struct Tensor {
   int64_t sizes[3] = {};
 };
 
-// What the attributes of one node say.
+// Bytes of weights in panels that the process may hold: they come on top of those that onnxruntime keeps.
+constexpr int64_t MOST_PANELS = int64_t(1) << 30;
+std::atomic<int64_t> bytes_in_panels{0};
+
+// What one node keeps: its attributes, and its weights in panels where they are constant and not too large.
 struct Kernel {
   ort::Api api;
   Activation activation;
   bool on_input;
+  void* memory = nullptr;  // `Panels`
+  int64_t bytes = 0;
+  int64_t gated = 0, experts = 0, inner = 0, width = 0;
+
+  ~Kernel() {
+    std::free(memory);
+    bytes_in_panels -= bytes;
+  }
 };
 
 template <class... Args> OrtStatus* fault(const ort::Api& api, const char* format, Args... args) {
@@ -96,28 +112,8 @@ OrtStatus* activation_of(const ort::Api& api, const OrtKernelInfo* info, Activat
   return nullptr;
 }
 
-// Attributes are fp32: whether one that fp64 is to be computed with may have been rounded.
-bool rounded(double value) { return std::isfinite(value) && std::floor(value * 4096) != value * 4096; }
-
-template <class W>
-OrtStatus* create_kernel(const OrtCustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** kernel) noexcept {
-  const ort::Api api(table);
-  Activation activation;
-  if (OrtStatus* status = activation_of(api, info, &activation)) return status;
-  const Activation& a = activation;
-  for (double value : {a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset})
-    if (std::is_same_v<W, double> && rounded(value))
-      return fault(api, "%s: the scalar %g of a float64 node was rounded to float32; run it without latentize's operator", NAME,
-                   value);
-  const bool on_input = attribute(api, info, "weights_on_input", int64_t(0)) != 0;
-  *kernel = new (std::nothrow) Kernel{api, activation, on_input};
-  return *kernel ? nullptr : api.fault(ort::FAIL, "LatentExperts: no memory");
-}
-
-// Reads input `number`; one that is absent has no data.
-OrtStatus* read(const ort::Api& api, const OrtKernelContext* context, size_t number, int element, Tensor* to) {
-  const OrtValue* value = nullptr;
-  if (OrtStatus* status = api.input(context, number, &value)) return status;
+// Reads input `number` from `value`; one that is absent has no data.
+OrtStatus* read(const ort::Api& api, const OrtValue* value, size_t number, int element, Tensor* to) {
   const char* name = INPUT_NAMES[number];
   if (!value) return optional(number) ? nullptr : fault(api, "%s: %s is missing", NAME, name);
   OrtTensorTypeAndShapeInfo* shape = nullptr;
@@ -140,6 +136,73 @@ OrtStatus* read(const ort::Api& api, const OrtKernelContext* context, size_t num
   return status;
 }
 
+// Reads a matrix of all experts that is the same in every call; without data where it is not.
+template <class W> OrtStatus* read_constant(const ort::Api& api, const OrtKernelInfo* info, size_t number, Tensor* to) {
+  int constant = 0;
+  const OrtValue* value = nullptr;
+  if (OrtStatus* status = api.constant_input(info, number, &constant, &value)) return status;
+  return constant && value ? read(api, value, number, Type<W>::element, to) : nullptr;
+}
+
+// Memory that is read from one end to the other, in large pages where the system has them.
+void* large_pages(int64_t bytes) {
+  constexpr size_t PAGE = size_t(2) << 20;
+  const size_t align = size_t(bytes) < PAGE ? 64 : PAGE, size = (size_t(bytes) + align - 1) / align * align;
+  void* memory = std::aligned_alloc(align, size);
+#if defined(MADV_HUGEPAGE)
+  if (memory && align == PAGE) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+  return memory;
+}
+
+// Lays a node's weights out in panels; leaves it where they are not constant, do not fit together or are too large.
+template <class W> OrtStatus* keep_panels(const OrtKernelInfo* info, Kernel* kernel) {
+  using S = typename Type<W>::Sum;
+  Tensor gate, up, down;
+  size_t inputs = 0;
+  if (OrtStatus* status = kernel->api.info_input_count(info, &inputs)) return status;
+  if (inputs <= DOWN) return nullptr;
+  if (OrtStatus* status = read_constant<W>(kernel->api, info, UP, &up)) return status;
+  if (OrtStatus* status = read_constant<W>(kernel->api, info, DOWN, &down)) return status;
+  if (OrtStatus* status = read_constant<W>(kernel->api, info, GATE, &gate)) return status;
+  const int64_t n = up.sizes[0], m = up.sizes[1], l = up.sizes[2], expected[3] = {n, l, m};
+  if (!up.data || !down.data || n * m * l == 0 || std::memcmp(down.sizes, expected, sizeof expected)) return nullptr;
+  if (gate.data && std::memcmp(gate.sizes, up.sizes, sizeof up.sizes)) return nullptr;
+  const Panels<S, W> panels{nullptr, m, l, gate.data != nullptr};
+  const int64_t bytes = n * panels.expert_size() * int64_t(sizeof(W));
+  if (bytes_in_panels.fetch_add(bytes) + bytes > MOST_PANELS) {
+    bytes_in_panels -= bytes;
+    return nullptr;
+  }
+  kernel->bytes = bytes;
+  kernel->memory = large_pages(bytes);
+  if (!kernel->memory) return nullptr;  // computed without panels
+  const auto at = [](const Tensor& t) { return static_cast<const W*>(t.data); };
+  pack(panels, n, at(gate), at(up), at(down), static_cast<W*>(kernel->memory));
+  kernel->gated = panels.gated, kernel->experts = n, kernel->inner = m, kernel->width = l;
+  return nullptr;
+}
+
+// Attributes are fp32: whether one that fp64 is to be computed with may have been rounded.
+bool rounded(double value) { return std::isfinite(value) && std::floor(value * 4096) != value * 4096; }
+
+template <class W>
+OrtStatus* create_kernel(const OrtCustomOp*, const OrtApi* table, const OrtKernelInfo* info, void** kernel) noexcept {
+  const ort::Api api(table);
+  Activation activation;
+  if (OrtStatus* status = activation_of(api, info, &activation)) return status;
+  const Activation& a = activation;
+  for (double value : {a.alpha, a.gate_min, a.gate_max, a.up_min, a.up_max, a.up_offset})
+    if (std::is_same_v<W, double> && rounded(value))
+      return fault(api, "%s: the scalar %g of a float64 node was rounded to float32; run it without latentize's operator", NAME,
+                   value);
+  const bool on_input = attribute(api, info, "weights_on_input", int64_t(0)) != 0;
+  Kernel* made = new (std::nothrow) Kernel{api, activation, on_input};
+  if (!made) return api.fault(ort::FAIL, "LatentExperts: no memory");
+  *kernel = made;
+  return keep_panels<W>(info, made);
+}
+
 OrtStatus* check_sizes(const ort::Api& api, const Tensor* in) {
   const int64_t tokens = in[HIDDEN].sizes[0], width = in[HIDDEN].sizes[1], k = in[INDICES].sizes[1];
   const int64_t n = in[UP].sizes[0], inner = in[UP].sizes[1];
@@ -154,6 +217,15 @@ OrtStatus* check_sizes(const ort::Api& api, const Tensor* in) {
   return nullptr;
 }
 
+template <class W> int run(const Kernel& kernel, const Call<W>& c, W* out, const SessionTeam& team) {
+  using S = typename Type<W>::Sum;
+  // A gate that is not constant is not in panels.
+  const bool packed = kernel.experts && kernel.gated == (c.gate != nullptr);
+  if (!packed) return forward<S, W>(c, out, team);
+  const Panels<S, W> panels{static_cast<const W*>(kernel.memory), kernel.inner, kernel.width, kernel.gated};
+  return forward_packed<S, W>(c, panels, out, team);
+}
+
 template <class W> OrtStatus* compute(void* data, OrtKernelContext* context) noexcept {
   const Kernel& kernel = *static_cast<const Kernel*>(data);
   const ort::Api& api = kernel.api;
@@ -161,8 +233,11 @@ template <class W> OrtStatus* compute(void* data, OrtKernelContext* context) noe
   size_t inputs = 0;
   if (OrtStatus* status = api.input_count(context, &inputs)) return status;
   if (inputs <= DOWN || inputs > INPUTS) return fault(api, "%s: expected 6 to 9 inputs, found %zu", NAME, inputs);
-  for (size_t i = 0; i < inputs; ++i)
-    if (OrtStatus* status = read(api, context, i, i == INDICES ? ort::INT64 : Type<W>::element, in + i)) return status;
+  for (size_t i = 0; i < inputs; ++i) {
+    const OrtValue* value = nullptr;
+    if (OrtStatus* status = api.input(context, i, &value)) return status;
+    if (OrtStatus* status = read(api, value, i, i == INDICES ? ort::INT64 : Type<W>::element, in + i)) return status;
+  }
   if (OrtStatus* status = check_sizes(api, in)) return status;
   OrtValue* output = nullptr;
   void* out = nullptr;
@@ -176,7 +251,7 @@ template <class W> OrtStatus* compute(void* data, OrtKernelContext* context) noe
                      static_cast<const int64_t*>(in[INDICES].data), kernel.on_input, kernel.activation};
   OrtStatus* status = nullptr;
   const SessionTeam team{api, context, usable_threads(), &status};
-  const int code = forward<typename Type<W>::Sum, W>(call, static_cast<W*>(out), team);
+  const int code = run(kernel, call, static_cast<W*>(out), team);
   if (status) return status;
   if (code == 1) return fault(api, "%s: an index is negative", NAME);
   return code ? api.fault(ort::FAIL, "LatentExperts: no memory for the pairs of tokens and experts") : nullptr;

@@ -74,9 +74,10 @@ def make_routing(tokens: int, *, missing: bool = False) -> Routing:
 
 
 def write_model(
-    path: Path, experts: ExpertsSpec, *, on_input: bool = False, dtype: torch.dtype = torch.float32, **changed: object
-) -> Path:
-    """One node and its body, its weights among the graph's inputs; `changed` replaces attributes of the node."""
+    path: Path, experts: ExpertsSpec, *, on_input: bool = False, dtype: torch.dtype = torch.float32,
+    constant: bool = False, **changed: object,
+) -> Path:  # fmt: skip
+    """One node and its body, its weights inputs of the graph or constant; `changed` replaces attributes of the node."""
     tensors = {name: getattr(experts, name) for name in INPUTS[3:]}
     attributes = {name: value for name, value in asdict(experts.activation).items() if value is not None}
     attributes["activation"] = attributes.pop("name")
@@ -87,7 +88,13 @@ def write_model(
     )  # fmt: skip
     element, info = ELEMENTS[dtype], helper.make_tensor_value_info
     inputs = [info(name, TensorProto.INT64 if name == "indices" else element, None) for name in (*INPUTS[:3], *there)]
-    graph = helper.make_graph([node], "one", inputs, [info("combined", element, None)])
+    stored = {name: tensors[name].to(dtype) for name in there}
+    weights = [
+        helper.make_tensor(name, element, tensor.shape, tensor.view(torch.uint8).numpy().tobytes(), raw=True)
+        for name, tensor in stored.items()
+    ]
+    outputs = [info("combined", element, None)]
+    graph = helper.make_graph([node], "one", inputs[:3] if constant else inputs, outputs, weights if constant else [])
     n, m, latent = experts.up.shape
     optional = tuple(name for name in there if name not in ("up", "down"))
     config = NodeConfig(n, K, latent, m, element, experts.activation, optional, on_input)
@@ -110,7 +117,9 @@ def run(session: onnxruntime.InferenceSession, fed: dict[str, torch.Tensor]) -> 
             return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
         return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
 
-    outputs = session.run_with_ort_values(["combined"], {name: value(tensor) for name, tensor in fed.items()})
+    taken = {graph_input.name for graph_input in session.get_inputs()}
+    values = {name: value(tensor) for name, tensor in fed.items() if name in taken}
+    outputs = session.run_with_ort_values(["combined"], values)
     return torch.utils.dlpack.from_dlpack(outputs[0])
 
 
@@ -149,11 +158,12 @@ def test_every_activation(name: str, gated: bool, library: Path, tmp_path: Path)
 @pytest.mark.parametrize("biases", [True, False])
 @pytest.mark.parametrize("on_input", [True, False])
 @pytest.mark.parametrize("missing", [True, False])
+@pytest.mark.parametrize("constant", [True, False])
 def test_every_layout(
-    gated: bool, biases: bool, on_input: bool, missing: bool, library: Path, tmp_path: Path
+    gated: bool, biases: bool, on_input: bool, missing: bool, constant: bool, library: Path, tmp_path: Path
 ) -> None:
     experts = make_experts(gated=gated, biases=biases, activation=CLAMPED if gated else None, m=70, latent=33)
-    path = write_model(tmp_path / "m.onnx", experts, on_input=on_input)
+    path = write_model(tmp_path / "m.onnx", experts, on_input=on_input, constant=constant)
     for operator in (library, None):  # the body of standard operators says the same
         session = open_session(path, operator=operator)
         assert worst_error(session, experts, on_input=on_input, missing=missing) < 1e-5
@@ -163,9 +173,13 @@ def test_every_layout(
     # What rounds is the result: half a unit in its last place, and a little more where sums are cut to fp32.
     ("dtype", "limit"), [(torch.float64, 1e-14), (torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)]
 )  # fmt: skip
-def test_other_dtypes_to_rounding(dtype: torch.dtype, limit: float, library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("constant", [True, False])
+def test_other_dtypes_to_rounding(
+    dtype: torch.dtype, limit: float, constant: bool, library: Path, tmp_path: Path
+) -> None:
     experts = make_experts(biases=True)
-    session = open_session(write_model(tmp_path / "m.onnx", experts, dtype=dtype), operator=library)
+    path = write_model(tmp_path / "m.onnx", experts, dtype=dtype, constant=constant)
+    session = open_session(path, operator=library)
     assert worst_error(session, experts, dtype=dtype) < limit
 
 
@@ -216,6 +230,17 @@ def test_wrong_shapes_are_an_error(
     assert words in str(raised.value)
 
 
+def test_constant_weights_that_do_not_fit_are_an_error_of_the_call(library: Path, tmp_path: Path) -> None:
+    experts = make_experts()
+    path = write_model(tmp_path / "m.onnx", experts, constant=True)
+    model = onnx.load(path)
+    next(i for i in model.graph.initializer if i.name == "down").dims[:] = [N, M, L]
+    onnx.save(model, path)
+    session = open_session(path, operator=library)
+    with pytest.raises(Exception, match=r"down expected shape \[6, 9, 5\], found \[6, 5, 9\]"):
+        run(session, feeds(experts, torch.zeros(4, L), make_routing(4), torch.float32))
+
+
 def test_a_negative_index_is_an_error(library: Path, tmp_path: Path) -> None:
     experts = make_experts()
     session = open_session(write_model(tmp_path / "m.onnx", experts), operator=library)
@@ -248,9 +273,10 @@ def test_names_of_activations_are_ours_in_our_order() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_sessions_run_side_by_side(threads: int, library: Path, tmp_path: Path) -> None:
-    experts = make_experts(m=130, latent=64)
-    path = write_model(tmp_path / "m.onnx", experts)
+@pytest.mark.parametrize("constant", [True, False])
+def test_sessions_run_side_by_side(threads: int, constant: bool, library: Path, tmp_path: Path) -> None:
+    experts = make_experts(m=330, latent=144)
+    path = write_model(tmp_path / "m.onnx", experts, constant=constant)
     sessions = [open_session(path, threads, operator=library) for _ in range(2)]
     errors: list[float] = []
 
