@@ -1,7 +1,8 @@
 """Latency in onnxruntime on CPU of every body form, and of exported blocks, original against rewritten.
 
     python benchmarks/onnx_forms.py forms            one latent-experts node, every form
-    python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant
+    python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant,
+                                                     by standard operators and with latentize's own
 
 One thread; times are CPU time of that thread, so that a busy machine disturbs them little. All graphs of a comparison
 are run in turn, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on them.
@@ -25,6 +26,7 @@ from measured import keep, table
 from onnx import helper, numpy_helper
 
 from latentize.activations import Activation
+from latentize.exporters import onnxruntime_ops
 from latentize.exporters.onnx import export_onnx
 from latentize.exporters.onnx_bodies import DOMAIN, FORMS, OP_TYPE, build_body
 from latentize.exporters.onnx_check import open_session
@@ -35,6 +37,7 @@ from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 TOKENS = (1, 16, 256)
+OURS = " + latentize"
 #: What gathering copies of the weights for 256 tokens needs: gigabytes.
 TOO_LARGE = {("gather", 256)}
 #: name -> (d, m, N, k, α)
@@ -57,7 +60,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = measure_forms() if what == "forms" else measure_blocks()
     keep("onnx_" + what, rows, ("sizes", "graph", "tokens"))
-    print(table(rows, {"sizes": "", "graph": "", "tokens": "", "ms": ".3f", "ratio": ".2f"}))
+    columns = {"sizes": "", "graph": "", "tokens": "", "ms": ".3f", "ratio": ".2f"}
+    print(table(rows, columns if what == "forms" else {**columns, "alike": ".2f"}))
 
 
 def measure_forms() -> list[dict[str, Any]]:
@@ -81,7 +85,13 @@ def measure_forms() -> list[dict[str, Any]]:
 
 
 def measure_blocks() -> list[dict[str, Any]]:
-    """The original block and each variant; `ratio` is to the original at that number of tokens."""
+    """The original block and each variant, by standard operators and with our own.
+
+    `ratio` is to the original by standard operators at that number of tokens, `alike` to the original by the same ones.
+    """
+    operators = {"": None, OURS: onnxruntime_ops.library()}
+    if operators[OURS] is None:
+        del operators[OURS]
     rows = []
     for sizes, (d, m, n, k, alpha) in BLOCKS.items():
         variants = {
@@ -91,17 +101,19 @@ def measure_blocks() -> list[dict[str, Any]]:
             "fixed": make_block(d, m, n, k, d // alpha),
         }
         with tempfile.TemporaryDirectory() as folder:
-            sessions = {
-                name: block_session(block, d, Path(folder) / f"{name}.onnx") for name, block in variants.items()
-            }
+            sessions = {}
+            for name, block in variants.items():
+                export_onnx(block, (torch.zeros(2, 5, d),), {}, path := Path(folder) / f"{name}.onnx")
+                for ours, library in operators.items():
+                    sessions[name + ours] = open_session(path, threads=1, operator=library)
         for tokens in TOKENS:
             hidden = np.random.default_rng(tokens).standard_normal((1, tokens, d), dtype=np.float32)
             calls = {name: _runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
             times = interleaved(calls)
-            rows += [
-                {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / times["original"]}
-                for name, ms in times.items()
-            ]
+            for name, ms in times.items():
+                alike = ms / times["original" + OURS * name.endswith(OURS)]
+                row = {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / times["original"]}
+                rows.append({**row, "alike": alike})
     return rows
 
 
@@ -161,12 +173,6 @@ def make_block(d: int, m: int, n: int, k: int, latent: int | None) -> LatentMoE:
     experts = ExpertsSpec(draw(n, m, width), draw(n, width, m), draw(n, m, width))
     projections = None if latent is None else LatentSpec(draw(latent, d), draw(d, latent))
     return LatentMoE(MoESpec(RouterSpec(draw(n, d), k, normalize="sum"), experts, projections))
-
-
-def block_session(block: LatentMoE, d: int, path: Path) -> onnxruntime.InferenceSession:
-    """The block exported with form "auto"."""
-    export_onnx(block, (torch.zeros(2, 5, d),), {}, path)
-    return open_session(path, threads=1)
 
 
 def _runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from latentize.errors import GateError, LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import exporting
+from latentize.exporters.onnxruntime_ops import register_library
 from latentize.inputs import Inputs
 from latentize.passes.double import dtype_of
 
@@ -48,6 +49,8 @@ def check_onnx(
     model: nn.Module,
     inputs: Sequence[tuple[tuple[Any, ...], Mapping[str, Any]]],
     tolerance: float | None = None,
+    *,
+    operator: Path | None = None,
 ) -> OnnxAgreement:
     """Run the file in onnxruntime (CPU) and `model` in PyTorch on each of `inputs`, and compare every output.
 
@@ -56,6 +59,7 @@ def check_onnx(
         model: the model it was exported from; run in eval mode, left as it was.
         inputs: (args, kwargs) pairs; take fresh values, other lengths, a single token, several sequences.
         tolerance: largest relative error allowed; by default `TOLERANCES` of the model's dtype.
+        operator: as for `open_session`.
 
     Raises:
         GateError: the two disagree, an output is not finite where PyTorch's is, or onnxruntime cannot run the file.
@@ -65,7 +69,7 @@ def check_onnx(
     if not inputs:
         raise LatentizeError(f"{path}: no inputs to compare on; give at least one (args, kwargs) pair")
     limit = TOLERANCES.get(dtype_of(model), 1e-5) if tolerance is None else tolerance
-    session = open_session(path)
+    session = open_session(path, operator=operator)
     found = []
     for args, kwargs in inputs:
         comparison = _compare(session, path, model, Inputs(args, dict(kwargs)))
@@ -79,10 +83,16 @@ def check_onnx(
     return OnnxAgreement(max(c.error for c in found), limit, tuple(found))
 
 
-def open_session(path: Path, threads: int = 0, *, arena: bool = True) -> onnxruntime.InferenceSession:
-    """An onnxruntime CPU session on a file; `threads` 0 leaves their number to onnxruntime.
+def open_session(
+    path: Path, threads: int = 0, *, arena: bool = True, operator: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime CPU session on a file.
 
-    Without an `arena` every call gives its memory back when it ends, which is slower.
+    Args:
+        path: the file.
+        threads: how many; 0 leaves it to onnxruntime.
+        arena: without it every call gives its memory back when it ends, which is slower.
+        operator: the library of `onnxruntime_ops` that runs the experts; None for the file's standard operators.
 
     Raises:
         LatentizeError: the file is missing, broken, or uses what this onnxruntime does not support.
@@ -97,6 +107,8 @@ def open_session(path: Path, threads: int = 0, *, arena: bool = True) -> onnxrun
     options.intra_op_num_threads = threads
     options.enable_cpu_mem_arena = arena
     options.log_severity_level = 4  # what goes wrong is raised; it need not be printed too
+    if operator is not None:
+        register_library(options, operator)
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception

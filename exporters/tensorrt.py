@@ -23,7 +23,7 @@ from latentize import store
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError, one_line
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import USUAL, Profile
-from latentize.kernels_native import cache_folder
+from latentize.native_build import cache_folder
 from latentize.progress import Progress, free_memory, silent
 from latentize.staging import disk_errors
 

@@ -124,32 +124,38 @@ def bench_onnx(
     tokens: Sequence[int] = TOKENS,
     repeats: int = 30,
     warmup: int = 5,
+    *,
+    backend: str = "onnxruntime",
+    operator: Path | None = None,
 ) -> tuple[Latency, ...]:
     """Latency of exported graphs in onnxruntime on the CPU with as many threads as torch has.
 
     Args:
         paths: "original" and "rewritten" -> .onnx file; one that is missing or does not run is noted, not timed.
         make_inputs: as for `bench_models`; the tensors are fed in order.
+        tokens, repeats, warmup: as for `latency`.
+        backend: what the rows name.
+        operator: as for `latentize.exporters.onnx_check.open_session`.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
     from latentize.exporters.onnx_check import open_session
 
-    sessions = {name: open_session(path, torch.get_num_threads()) for name, path in paths.items()}
+    sessions = {name: open_session(path, torch.get_num_threads(), operator=operator) for name, path in paths.items()}
     missing = [name for name in ("original", "rewritten") if name not in sessions]
     note = f"no exported graph of the {' and '.join(missing)} model" if missing else ""
     rows = []
     for count in tokens:
         inputs = make_inputs(count)
         if isinstance(inputs, str):
-            rows.append(Latency.of("onnxruntime", count, {}, inputs))
+            rows.append(Latency.of(backend, count, {}, inputs))
             continue
         calls = {name: _onnx_call(graph, inputs) for name, graph in sessions.items()}
         failures = {name: reason for name, call in calls.items() if (reason := _failure(call))}
         timed = latency({name: call for name, call in calls.items() if name not in failures}, repeats, warmup)
         notes = [note, *(f"the {name} graph does not run: {reason}" for name, reason in failures.items())]
-        rows.append(Latency.of("onnxruntime", count, timed, "; ".join(filter(None, notes))))
+        rows.append(Latency.of(backend, count, timed, "; ".join(filter(None, notes))))
     return tuple(rows)
 
 

@@ -268,9 +268,10 @@ def bench(
     "--target",
     "targets",
     multiple=True,
-    metavar="GPU",
-    help="portable, SM80, SM86, SM89, SM120 or native; may be given several times. [default: portable; native with the "
-    "full tensorrt]",
+    metavar="WHAT",
+    help="An engine for the GPU portable, SM80, SM86, SM89, SM120 or native; or, for onnxruntime on the CPU, a library "
+    "of latentize's operator: onnxruntime, or onnxruntime-native for this machine's processor. May be given several "
+    "times. [default: portable; native with the full tensorrt]",
 )
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="[default: that of model.onnx]")
 @click.option(
@@ -286,7 +287,7 @@ def build(
     out: Path, experts: Any, targets: tuple[str, ...], dtype: str | None, profiles: tuple[str, ...], verbose: int,
     quiet: bool, log_file: Path | None,
 ) -> None:  # fmt: skip
-    """Build TensorRT engines from the ONNX graph in OUT."""
+    """Build TensorRT engines from the ONNX graph in OUT, or the library that runs its experts in onnxruntime."""
     _start(verbose, quiet, log_file)
     from latentize import run_build
 

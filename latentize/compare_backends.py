@@ -21,7 +21,7 @@ from latentize.exporters.captured import exporting
 from latentize.exporters.onnx_check import relative_error
 from latentize.inputs import Inputs
 from latentize.passes.double import dtype_of
-from latentize.run_onnx import ORIGINAL, REWRITTEN
+from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR
 from latentize.ties import TieWatch
 
 #: What runs an exported model on one call's arguments: its outputs in the order in which the model returns them.
@@ -53,7 +53,7 @@ def available(out: Path, asked: Sequence[str] | None, notes: list[str]) -> list[
     """
     found = []
     if "ort" in asked if asked is not None else (out / REWRITTEN).exists():
-        found.append(onnxruntime_backend(out))
+        found += onnxruntime_backends(out, notes)
     engines = sorted(out.glob("*.engine"))
     if asked is not None and "trt" in asked:
         if not engines:
@@ -67,25 +67,42 @@ def available(out: Path, asked: Sequence[str] | None, notes: list[str]) -> list[
     return found
 
 
-def onnxruntime_backend(out: Path) -> Backend:
+def onnxruntime_backends(out: Path, notes: list[str]) -> list[Backend]:
     """onnxruntime on the CPU with the graphs in OUT, of which the original's may be missing.
+
+    First by standard operators, then with latentize's own, where its library can be had; `notes` gets why it does not
+    take a graph.
 
     Raises:
         LatentizeError: the rewritten model's graph is missing or damaged.
         MissingExtraError: onnxruntime is not installed.
     """
-    from latentize.exporters.onnx_check import TOLERANCES, open_session, run_session
+    from latentize.exporters import onnxruntime_ops
 
     paths: dict[Which, Path] = {"original": out / ORIGINAL, "rewritten": out / REWRITTEN}
     if not paths["rewritten"].exists():
         raise LatentizeError(f"{out}: holds no {REWRITTEN}; convert with --export onnx")
+    there = {which: path for which, path in paths.items() if path.exists()}
+    found = [_onnxruntime_backend(ONNXRUNTIME, there, None)]
+    library = onnxruntime_ops.library()
+    if library is not None:
+        try:
+            found.append(_onnxruntime_backend(WITH_OPERATOR, there, library))
+        except LatentizeError as error:
+            notes.append(f"{WITH_OPERATOR} is not compared: {error}")
+    return found
+
+
+def _onnxruntime_backend(name: str, paths: Mapping[Which, Path], operator: Path | None) -> Backend:
+    from latentize.exporters.onnx_check import TOLERANCES, open_session, run_session
+
     threads = torch.get_num_threads()
 
     def runners(*, arena: bool) -> dict[Which, Runner]:
-        sessions = {w: open_session(path, threads, arena=arena) for w, path in paths.items() if path.exists()}
+        sessions = {w: open_session(path, threads, arena=arena, operator=operator) for w, path in paths.items()}
         return {which: partial(run_session, session) for which, session in sessions.items()}
 
-    return Backend("onnxruntime", runners(arena=True), TOLERANCES, runners(arena=False))
+    return Backend(name, runners(arena=True), TOLERANCES, runners(arena=False))
 
 
 def tensorrt_backend(engines: Sequence[Path]) -> Backend:

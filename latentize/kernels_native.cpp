@@ -24,7 +24,7 @@ template <class W> Call<W> call_of(const int64_t* sizes, const void* const* in, 
 #define FORWARD(suffix, S, W)                                                                                         \
   extern "C" int latent_experts_##suffix(const int64_t* sizes, const void* const* in, const double* scalars, void* out, \
                                          int threads) {                                                               \
-    return forward<S, W>(call_of<W>(sizes, in, scalars), static_cast<W*>(out), threads);                              \
+    return forward<S, W>(call_of<W>(sizes, in, scalars), static_cast<W*>(out), Team{threads});                        \
   }
 FORWARD(float32, float, float)
 FORWARD(float64, double, double)

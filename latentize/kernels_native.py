@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +20,11 @@ from torch import Tensor
 
 from latentize.activations import FUNCTIONS, Activation
 from latentize.kernels_torch import Experts, Gradients
+from latentize.native_build import Sources, compiled
 
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _SOURCE = Path(__file__).with_name("kernels_native.cpp")
-_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 #: From the widest to the plainest; the first that compiles is taken.
 _VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ())
 #: The numbers that the kernel knows activations by.
@@ -213,61 +207,16 @@ def _compiled() -> Path:
     Raises:
         OSError: no compiler was found, or none could compile it.
     """
-    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
-    if compiler is None:
-        raise OSError("no C++ compiler was found")
-    openmp = _openmp()
-    key = hashlib.sha256()
-    for source in (_SOURCE, *sorted(_SOURCE.parent.glob(f"{_SOURCE.stem}_*.h"))):
-        key.update(source.read_bytes())
-    key.update(repr((shutil.which(compiler), _FLAGS, _VARIANTS, openmp, _processor())).encode())
-    folder = cache_folder()
-    path = folder / f"latent_experts-{key.hexdigest()[:20]}.so"
-    if not path.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _compile(compiler, openmp, path)
-    if hasattr(os, "getuid") and path.stat().st_uid != os.getuid():
-        raise OSError(f"{path} belongs to another user")
-    return path
+    sources = Sources(_SOURCE, headers(), "the CPU kernels")
+    return compiled(sources, _VARIANTS, "latent_experts", openmp=_openmp())
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: `LATENTIZE_CACHE`, or latentize in the user's cache folder."""
-    given = os.environ.get("LATENTIZE_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentize"
-
-
-def _compile(compiler: str, openmp: Path | None, path: Path) -> None:
-    _log.info("compiling the CPU kernels, once on this machine")
-    started = time.perf_counter()
-    complaint = ""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        for variant in _VARIANTS:
-            threaded = "-fopenmp" in variant
-            command = [compiler, *_FLAGS, *variant, str(_SOURCE), "-o", str(built)]
-            if threaded and openmp is not None:
-                command += ["-Wl,--as-needed", str(openmp)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
-            if done.returncode == 0:
-                built.replace(path)
-                _log.info("compiled in %.0f s: %s", time.perf_counter() - started, path)
-                return
-            complaint = (done.stderr.strip().splitlines() or ["no message"])[0]
-    raise OSError(f"{compiler} could not compile {_SOURCE.name}: {complaint}")
+def headers() -> tuple[Path, ...]:
+    """The kernels' headers."""
+    return tuple(sorted(_SOURCE.parent.glob(f"{_SOURCE.stem}_*.h")))
 
 
 def _openmp() -> Path | None:
     """The OpenMP runtime that torch brings, so that both use one pool of threads."""
     found = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     return found[0] if found else None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())

@@ -172,7 +172,9 @@ template <class S> int backward(const Call<S>& c, const S* grad_out, const Grads
       const int64_t e = order[item];
       backward_expert<S>(c, grad_out, e, sorted.pair + sorted.begin[e], count(e), mine, d, dx_rows);
     }
-    combine<S, S>(c.indices, c.tokens, c.k, c.experts, c.width, dx_rows, ld, d.hidden);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < c.tokens; ++t)
+      combine<S, S>(c.indices, t, c.k, c.experts, c.width, dx_rows, ld, d.hidden);
   }
   scratch.trim();
   return 0;

@@ -211,9 +211,10 @@ INLINE int64_t cuts_of(int64_t smalls, int64_t bigs, int64_t inner, int threads)
   return smalls ? std::max<int64_t>(1, std::min<int64_t>(3 * threads / (smalls + bigs), inner / 64)) : 1;
 }
 
-template <class S, class W> int forward(const Call<W>& c, W* out, int threads) {
+// `team` has a `count` of threads and runs regions of them, as `Team` does.
+template <class S, class W, class T> int forward(const Call<W>& c, W* out, const T& team) {
   const int64_t pairs = c.tokens * c.k, ld = padded<S>(c.width), ldh = padded<S>(c.inner);
-  threads = worth(pairs * c.width * c.inner * (c.gate ? 3 : 2), threads);
+  const int threads = worth(pairs * c.width * c.inner * (c.gate ? 3 : 2), team.count);
   const BlockSizes<S> size(c.width, c.inner);
   const int64_t per_thread = (size.total() + 15) / 16 * 16;
   const int64_t most_work = std::min(pairs, c.experts) + pairs / PANEL<S> + 1;
@@ -241,17 +242,16 @@ template <class S, class W> int forward(const Call<W>& c, W* out, int threads) {
   int64_t* row_of = sorted.pair + pairs;
   for (int64_t i = 0, row = 0; i < smalls; ++i) row_of[i] = row, row += small[i].count;
   const Small<S, W> few{c, sorted.pair, small, row_of, smalls, cuts_of(smalls, bigs, c.inner, threads), h, y};
-  Phase many_tokens, half, other_half;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    S* mine = local + thread_number() * per_thread;
+  Phase many_tokens, half, other_half, summing;
+  team.run(threads, [&](int64_t number) {
+    S* mine = local + number * per_thread;
     many_tokens.take(bigs, [&](int64_t i) {
       many<S, W>(c, big[i].expert, sorted.pair + big[i].first, big[i].count, mine, y, ld);
     });
     few.run(half, other_half, mine);
     many_tokens.wait(bigs);
-    combine<S, W>(c.indices, c.tokens, c.k, c.experts, c.width, y, ld, out);
-  }
+    summing.take(c.tokens, [&](int64_t t) { combine<S, W>(c.indices, t, c.k, c.experts, c.width, y, ld, out); });
+  });
   scratch.trim();
   return 0;
 }

@@ -56,7 +56,7 @@ template <class S, int nv>
 INLINE void tiles(int64_t rows, int64_t k, const S* a, int64_t ai, int64_t ap, const S* b, int64_t ldb, S* c, int64_t ldc,
                   bool add) {
   int64_t i = 0;
-  if constexpr (TILE == 8)
+  if constexpr (TILE == 8 || nv == 1)
     for (; i + 8 <= rows; i += 8) tile<S, 8, nv>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, add);
   for (; i + 4 <= rows; i += 4) tile<S, 4, nv>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, add);
   for (; i < rows; ++i) tile<S, 1, nv>(k, a + i * ai, ai, ap, b, ldb, c + i * ldc, ldc, add);

@@ -68,19 +68,16 @@ template <class S, class W> void copy_row(const W* from, int64_t width, S scale,
   if (i < width) store<S>(to + i, scale * load_tail<S>(from + i, int(width - i)));
 }
 
-// out[T, width] = sum over each token's pairs, in the order of the slots; pairs of absent experts are skipped.
+// out[t, width] = sum over the pairs of token t, in the order of the slots; pairs of absent experts are skipped.
 template <class S, class W>
-void combine(const int64_t* indices, int64_t tokens, int64_t k, int64_t experts, int64_t width, const S* rows, int64_t ld,
-             W* out) {
+void combine(const int64_t* indices, int64_t t, int64_t k, int64_t experts, int64_t width, const S* rows, int64_t ld, W* out) {
   constexpr int n = lanes<S>;
-#pragma omp for schedule(static)
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < width; i += n) {
-      Vec<S> sum{};
-      for (int64_t s = t * k; s < (t + 1) * k; ++s)
-        if (indices[s] < experts) sum += load(rows + s * ld + i);
-      for (int64_t j = 0; j < std::min<int64_t>(n, width - i); ++j) out[t * width + i + j] = narrow<W>(sum[j]);
-    }
+  for (int64_t i = 0; i < width; i += n) {
+    Vec<S> sum{};
+    for (int64_t s = t * k; s < (t + 1) * k; ++s)
+      if (indices[s] < experts) sum += load(rows + s * ld + i);
+    for (int64_t j = 0; j < std::min<int64_t>(n, width - i); ++j) out[t * width + i + j] = narrow<W>(sum[j]);
+  }
 }
 
 }  // namespace

@@ -19,6 +19,15 @@ inline __attribute__((always_inline)) int thread_number() {
 #endif
 }
 
+// The threads of a region by OpenMP: up to `count` of them call f(number), and all have when `run` returns.
+struct Team {
+  int count;
+  template <class F> void run(int threads, const F& f) const {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    f(thread_number());
+  }
+};
+
 // Threads that are worth waking: multiplying 32 K weights takes as long as waking one.
 inline int worth(int64_t products, int threads) {
   return int(std::max<int64_t>(1, std::min<int64_t>(threads, products >> 15)));

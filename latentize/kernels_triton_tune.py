@@ -19,8 +19,8 @@ from statistics import median
 
 import torch
 
-from latentize.kernels_native import cache_folder
 from latentize.kernels_triton_steps import Config, Step
+from latentize.native_build import cache_folder
 
 _log = logging.getLogger(__name__)
 Attempt = Callable[[Config], None]

@@ -25,6 +25,7 @@ from latentize.blocks import Block, Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
 from latentize.comparison import Comparison
 from latentize.errors import LatentizeError, ResourceError
+from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
 from latentize.load_balance import ExpertLoad
 from latentize.spec import MoESpec
@@ -171,13 +172,14 @@ class Calibration:
 
 @dataclass(frozen=True)
 class OnnxAgreement:
-    """An exported graph in onnxruntime against PyTorch on fresh inputs of one length."""
+    """An exported graph in onnxruntime, by whose operators `backend` says, against PyTorch at one length."""
 
     model: Literal["original", "rewritten"]
     tokens: int
     relative_error: float
     tolerance: float
     passed: bool
+    backend: str = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     files: tuple[File, ...] = ()
     engines: tuple[Engine, ...] = ()
+    libraries: tuple[Library, ...] = ()
     comparison: Comparison | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""`latentize build`: TensorRT engines from what a conversion wrote."""
+"""`latentize build`: TensorRT engines and onnxruntime's library from what a conversion wrote."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from latentize.progress import Steps
 from latentize.run_onnx import REWRITTEN
 
 if TYPE_CHECKING:
+    from latentize.exporters.onnxruntime_ops import Library
     from latentize.exporters.tensorrt import Engine, Experts
 
+#: Targets that are no GPUs: the library for most machines of this architecture, and for this one.
+LIBRARIES = ("onnxruntime", "onnxruntime-native")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -27,21 +30,47 @@ def build(
     out: Path, targets: Sequence[str], experts: Experts, *, profiles: Sequence[str] = (), dtype: str | None = None,
     quiet: bool = False,
 ) -> None:  # fmt: skip
-    """Build TensorRT engines from the converted model in OUT, one for each target; the report gets what is in them.
+    """Build for the converted model in OUT what each target needs; the report gets what was built.
 
     Args:
         out: the folder.
-        targets: what to build for; none for the default of the library that is installed.
+        targets: of `LIBRARIES` for a library of latentize's operator that onnxruntime registers, or what engines are
+            built for; none for the default of the TensorRT library that is installed.
         experts: how the routed experts run.
         profiles: as the command line spells them; none for the recipe's.
         dtype: of `DTYPES`; the model is exported again in it. None for that of the graph in OUT.
         quiet: say nothing.
 
     Raises:
-        LatentizeError: OUT is not ours, holds no ONNX graph, a target or profile does not fit, or TensorRT rejects it.
+        LatentizeError: OUT is not ours, holds no ONNX graph, a target or profile does not fit, TensorRT rejects it, or
+            there is no compiler for the library.
         MissingExtraError: the packages that build engines are not installed.
         ResourceError: there is too little memory or disk.
     """
+    libraries, gpus = [t for t in targets if t in LIBRARIES], [t for t in targets if t not in LIBRARIES]
+    artefact.read_manifest(out)
+    console, _ = terminal.consoles(quiet=quiet)
+    if libraries:
+        made = _library(out, libraries)
+        for line in (describe_library(made, out), *_kept(out, libraries=(made,))):
+            console.print(terminal.plain(line))
+    if gpus or not libraries:
+        _engines(out, gpus, experts, profiles, dtype, quiet=quiet)
+
+
+def _library(out: Path, targets: Sequence[str]) -> Library:
+    from latentize.exporters import onnxruntime_ops
+
+    if len(targets) > 1:
+        raise LatentizeError(f"--target {' and '.join(targets)}: both write {onnxruntime_ops.FILE}; give one of them")
+    if not (out / REWRITTEN).exists():
+        raise LatentizeError(f"{out}: the library serves {REWRITTEN}, which is not there; convert with --export onnx")
+    return onnxruntime_ops.build(out, native=targets[0] == LIBRARIES[1])
+
+
+def _engines(
+    out: Path, targets: Sequence[str], experts: Experts, profiles: Sequence[str], dtype: str | None, *, quiet: bool
+) -> None:
     from latentize.exporters import tensorrt
     from latentize.run_compare import require_tensorrt
 
@@ -66,7 +95,7 @@ def build(
                 out, targets=targets, profiles=chosen, strict=bool(asked or planned), experts=experts, source=source,
                 progress=show,
             )  # fmt: skip
-    for line in (*map(describe, engines), *_kept(out, engines)):
+    for line in (*map(describe, engines), *_kept(out, engines=engines)):
         console.print(terminal.plain(line))
 
 
@@ -84,6 +113,14 @@ def describe(engine: Engine) -> str:
     return (
         f"{engine.file}: {engine.bytes:,} bytes in {engine.dtype} by {engine.library} in {engine.seconds:.1f} s, "
         f"{sum(engine.layers.values())} layers{fused} ({kinds}, …), takes {ranges}, for {where}"
+    )
+
+
+def describe_library(made: Library, out: Path) -> str:
+    """A library in a line."""
+    return (
+        f"{made.file}: {made.bytes:,} bytes for onnxruntime 1.17 or newer on {made.processor}, built on {made.system}; "
+        f'register it with SessionOptions.register_custom_ops_library("{out / made.file}")'
     )
 
 
@@ -113,15 +150,16 @@ def _exported(out: Path, dtype: str, folder: Path) -> Path:
     return export_onnx(source.model.to(wanted), args, kwargs, folder / REWRITTEN, form="dense").path
 
 
-def _kept(out: Path, engines: Sequence[Engine]) -> list[str]:
-    """Put the engines into the report of OUT, in place of those of the same name; what stood in the way."""
+def _kept(out: Path, *, engines: Sequence[Engine] = (), libraries: Sequence[Library] = ()) -> list[str]:
+    """Put what was built into the report of OUT, in place of that of the same name; what stood in the way."""
     if not (out / report.JSON_NAME).exists():
         return []
     made = report.read(out)
-    names = {engine.file for engine in engines}
-    others = tuple(engine for engine in made.engines if engine.file not in names)
+    names = {*(engine.file for engine in engines), *(library.file for library in libraries)}
+    kept_engines = (*(engine for engine in made.engines if engine.file not in names), *engines)
+    kept_libraries = (*(library for library in made.libraries if library.file not in names), *libraries)
     try:
-        report.write(replace(made, engines=(*others, *engines)), out)
+        report.write(replace(made, engines=kept_engines, libraries=kept_libraries), out)
     except MissingExtraError as error:
         return [str(error)]
     return []

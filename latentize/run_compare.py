@@ -24,7 +24,7 @@ from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.moe import LatentMoE
 from latentize.passes.fuse import fuse
 from latentize.progress import Steps
-from latentize.run_onnx import ORIGINAL, REWRITTEN
+from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR
 from latentize.sources import Source, open_model
 from latentize.terminal_compare import print_comparison
 
@@ -176,11 +176,27 @@ def rounds_for(model: nn.Module, source: Source) -> int:
 
 
 def _onnx_latencies(folder: Path, make_inputs: MakeInputs, rounds: int) -> tuple[Latency, ...]:
+    """Of the graphs in a folder by standard operators, and with latentize's own where its library takes them."""
+    from latentize.exporters import onnxruntime_ops
+
+    rows = _graph_latencies(folder, make_inputs, rounds, ONNXRUNTIME, None)
+    library = onnxruntime_ops.library() if rows else None
+    if library is None:
+        return rows
+    try:
+        return rows + _graph_latencies(folder, make_inputs, rounds, WITH_OPERATOR, library)
+    except LatentizeError as error:
+        return (*rows, *(Latency.of(WITH_OPERATOR, count, {}, str(error)) for count in TOKENS))
+
+
+def _graph_latencies(
+    folder: Path, make_inputs: MakeInputs, rounds: int, backend: str, operator: Path | None
+) -> tuple[Latency, ...]:
     paths = {"original": folder / ORIGINAL, "rewritten": folder / REWRITTEN}
     present = {name: path for name, path in paths.items() if path.exists()}
     if "rewritten" not in present:
         return ()
-    return bench_onnx(present, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
+    return bench_onnx(present, make_inputs, TOKENS, rounds, min(5, rounds), backend=backend, operator=operator)
 
 
 @dataclass(frozen=True)
@@ -240,9 +256,9 @@ class _Pair:
 
     def _graph_searches(self, cut: Sequence[Sequences], rows: Sequence[BackendAgreement]) -> list[BlockSearch]:
         """Block by block in onnxruntime: at the shortest length that disagrees, or else at a middle one."""
-        if not any(backend.name == "onnxruntime" for backend in self.backends):
+        if not any(backend.name == ONNXRUNTIME for backend in self.backends):
             return []
-        mine = [row for row in rows if (row.backend, row.model) == ("onnxruntime", "rewritten")]
+        mine = [row for row in rows if (row.backend, row.model) == (ONNXRUNTIME, "rewritten")]
         tokens = next((row.tokens for row in mine if not row.passed), cut[len(cut) // 2].tokens)
         calls = next(batch.calls for batch in cut if batch.tokens == tokens)
         path = self.options.out / REWRITTEN
@@ -260,9 +276,9 @@ class _Pair:
             models = {"original": model, "rewritten": self.rewritten}
             rows += bench_models(models, make_inputs, TOKENS, repeats=rounds, warmup=min(5, rounds))
         for backend in self.backends:
-            if backend.name == "onnxruntime":
+            if backend.name == ONNXRUNTIME:
                 rows += _onnx_latencies(self.options.out, make_inputs, rounds)
-            else:
+            elif backend.name != WITH_OPERATOR:
                 rows += tuple(compare_backends.timed(backend, make_inputs, TOKENS, rounds))
         return rows
 

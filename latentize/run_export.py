@@ -102,6 +102,7 @@ def graphs(
             except LatentizeError as error:  # what was converted is kept, and the command fails
                 job.warnings.append(str(error))
                 gates.append(Gate("TensorRT engine", math.inf, 0.0, passed=False))
-    title = "ONNX against PyTorch"
-    gates.extend(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance) for r in rows)
+    for r in rows:
+        title = "ONNX against PyTorch" if r.backend == run_onnx.ONNXRUNTIME else f"{r.backend} against PyTorch"
+        gates.append(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance))
     return tuple(rows)

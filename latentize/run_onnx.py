@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from latentize.blocks import Block
-from latentize.errors import GateError
+from latentize.errors import GateError, LatentizeError
 from latentize.inputs import Inputs, runnable_at
 from latentize.passes.double import dtype_of
 from latentize.recipe import Recipe
@@ -22,6 +22,8 @@ from latentize.sources import Source
 from latentize.ties import TieWatch
 
 ORIGINAL, REWRITTEN = "original.onnx", "model.onnx"
+#: What runs the graphs: onnxruntime by standard operators, and with latentize's own.
+ONNXRUNTIME, WITH_OPERATOR = "onnxruntime", "onnxruntime + latentize"
 #: Lengths that graphs are checked at: one token, a few, more than a batch.
 TOKENS = (1, 16, 256)
 #: How often values are drawn before a disagreement counts although a router's choice is a tie.
@@ -94,31 +96,51 @@ def agreement(
 ) -> list[OnnxAgreement]:
     """The graph against the model at every length of `TOKENS` that the model takes, on values drawn anew.
 
-    A graph that cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both
-    disagree and a router's choice is a tie within the tolerance are left out, counted and drawn again.
+    By standard operators, then with latentize's own, where its library can be had and takes the graph. A graph that
+    cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both disagree and
+    a router's choice is a tie within the tolerance are left out, counted and drawn again.
     """
+    from latentize.exporters import onnxruntime_ops
+    from latentize.exporters.onnx_check import open_session
+
+    lengths = _lengths(source, model, notes)
+    rows = [_agreement(which, path, model, source, notes, length, None) for length in lengths]
+    library = onnxruntime_ops.library()
+    if library is None:
+        return rows
+    try:
+        open_session(path, operator=library)
+    except LatentizeError as error:
+        notes.append(f"{WITH_OPERATOR} is not checked: {error}")
+        return rows
+    return rows + [_agreement(which, path, model, source, notes, length, library) for length in lengths]
+
+
+def _agreement(
+    which: Literal["original", "rewritten"], path: Path, model: nn.Module, source: Source, notes: list[str],
+    length: tuple[int, Inputs], operator: Path | None,
+) -> OnnxAgreement:  # fmt: skip
     from latentize.exporters.onnx_check import TOLERANCES, check_onnx
 
     tolerance = TOLERANCES.get(dtype_of(model), 1e-5)
-    rows = []
-    for tokens, inputs in _lengths(source, model, notes):
-        for attempt in range(_DRAWS):
-            drawn = redraw(inputs, source, tokens + attempt * max(TOKENS))
-            with TieWatch(model) as ties:
-                try:
-                    error = check_onnx(path, model, [(drawn.args, drawn.kwargs)], tolerance=math.inf).error
-                except GateError as problem:
-                    notes.append(str(problem))
-                    error = math.inf
-            if error <= tolerance or ties.closest > tolerance:
-                break
-        if attempt:
-            notes.append(
-                f"{path.name}: {attempt} of {attempt + 1} inputs of {tokens} tokens were left out, where a router's "
-                f"choice is a tie within {tolerance:.0e}, which rounding decides"
-            )
-        rows.append(OnnxAgreement(which, tokens, error, tolerance, error <= tolerance))
-    return rows
+    tokens, inputs = length
+    for attempt in range(_DRAWS):
+        drawn = redraw(inputs, source, tokens + attempt * max(TOKENS))
+        with TieWatch(model) as ties:
+            try:
+                error = check_onnx(path, model, [(drawn.args, drawn.kwargs)], math.inf, operator=operator).error
+            except GateError as problem:
+                notes.append(str(problem))
+                error = math.inf
+        if error <= tolerance or ties.closest > tolerance:
+            break
+    if attempt:
+        notes.append(
+            f"{path.name}: {attempt} of {attempt + 1} inputs of {tokens} tokens were left out, where a router's "
+            f"choice is a tie within {tolerance:.0e}, which rounding decides"
+        )
+    backend = ONNXRUNTIME if operator is None else WITH_OPERATOR
+    return OnnxAgreement(which, tokens, error, tolerance, error <= tolerance, backend)
 
 
 def redraw(inputs: Inputs, source: Source, seed: int) -> Inputs:

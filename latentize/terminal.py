@@ -125,9 +125,10 @@ def print_latency(console: Console, rows: Sequence[Latency]) -> None:
 
 def print_onnx(console: Console, rows: Sequence[OnnxAgreement]) -> None:
     """Agreement of exported graphs with PyTorch."""
-    table = new_table("ONNX against PyTorch", "graph", "T", "relative error", "allowed", "")
+    table = new_table("ONNX against PyTorch", "graph", "backend", "T", "relative error", "allowed", "")
     for row in rows:
-        table.add_row(row.model, str(row.tokens), small(row.relative_error), small(row.tolerance), verdict(row.passed))
+        numbers = small(row.relative_error), small(row.tolerance), verdict(row.passed)
+        table.add_row(row.model, row.backend, str(row.tokens), *numbers)
     console.print(table)
 
 

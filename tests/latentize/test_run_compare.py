@@ -8,8 +8,10 @@ import pytest
 import small_moe
 import torch
 from command_line import call
+from onnx_backends import graphs
 
 from latentize import report
+from latentize.exporters import onnxruntime_ops
 from latentize.run_build import describe
 
 onnx = pytest.importorskip("onnx")
@@ -62,20 +64,21 @@ def test_everything_is_measured_printed_and_kept(out, capsys):
                   "Blocks, rewritten against original", "Latency", "Memory of one call", "Files"):  # fmt: skip
         assert words in shown, words
     made = report.read(out).comparison
-    assert made.backends == ("torch", "onnxruntime")
+    assert made.backends == ("torch", *graphs())
     assert [row.tokens for row in made.lengths] == [1, 16, 64, 256]
-    assert {(row.model, row.tokens) for row in made.agreement} == {
-        (model, tokens) for model in ("original", "rewritten") for tokens in (1, 16, 64, 256)
-    }
-    assert made.required == {"onnxruntime": max(row.error for row in made.agreement)}
-    assert 0 < made.required["onnxruntime"] < 1e-5
+    assert {(row.backend, row.model, row.tokens) for row in made.agreement} == {
+        (graph, model, tokens)
+        for graph in graphs() for model in ("original", "rewritten") for tokens in (1, 16, 64, 256)
+    }  # fmt: skip
+    assert made.required == {g: max(row.error for row in made.agreement if row.backend == g) for g in graphs()}
+    assert all(0 < error < 1e-5 for error in made.required.values())
     assert made.evaluation.metric == "error"
     against, in_graph = made.blocks
     assert (list(against.errors), against.first_over, against.tolerance) == (["a.moe", "b.moe"], "", None)
     assert len(in_graph.errors) == 2
     assert in_graph.first_over == ""
-    assert {(row.backend, row.tokens) for row in made.latency} >= {("torch", 1), ("onnxruntime", 256)}
-    assert {(row.backend, row.tokens) for row in made.memory} >= {("torch", 1), ("onnxruntime", 256)}
+    for rows in (made.latency, made.memory):
+        assert {(row.backend, row.tokens) for row in rows} == {(b, t) for b in made.backends for t in (1, 16, 256)}
     assert made.files["model.onnx"] == (out / "model.onnx").stat().st_size
     assert all(gate.passed for gate in made.gates)
     page = (out / "report.html").read_text()
@@ -96,7 +99,7 @@ def test_a_graph_with_a_wrong_block_fails_and_the_block_is_named(out, capsys, na
     assert "onnxruntime against PyTorch, rewritten, T = 1" in err
     assert "FAILED" in shown
     made = report.read(out).comparison
-    assert made.backends == ("onnxruntime",)
+    assert made.backends == graphs()
     search = made.blocks[1]
     assert search.first_over == ("b.moe.experts" if name == "up" else "")  # a, before it, is right
     assert [error < 1e-5 for error in search.errors.values()] == [True, name != "up"]
@@ -203,3 +206,33 @@ def test_a_conversion_builds_the_engines_of_its_recipe(converted, tmp_path, caps
     assert list(engine.profiles[0].values()) == [((1, 16), (2, 16), (40, 16))]
     assert (tmp_path / "out" / engine.file).stat().st_size == engine.bytes
     assert "model.portable.engine" in shown
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-native"])
+def test_the_library_for_onnxruntime_is_built_without_tensorrt_and_kept_in_the_report(out, capsys, target):
+    if len(graphs()) == 1:
+        pytest.skip("no C++ compiler here")
+    code, shown, err = call(capsys, "build", out, "--target", target)
+    assert code == 0, err
+    assert f'register_custom_ops_library("{out / onnxruntime_ops.FILE}")' in " ".join(shown.split())
+    (library,) = report.read(out).libraries
+    assert library.file == onnxruntime_ops.FILE
+    assert library.bytes == (out / onnxruntime_ops.FILE).stat().st_size
+    assert library.processor in shown
+    assert onnxruntime_ops.FILE in (out / "report.html").read_text()
+
+
+def test_the_library_for_onnxruntime_says_in_a_line_what_it_lacks(out, capsys, tmp_path, monkeypatch):
+    code, _, err = call(capsys, "build", out, "--target", "onnxruntime", "--target", "onnxruntime-native")
+    assert code == 2
+    assert "both write latentize_onnxruntime.so; give one of them" in err
+    with monkeypatch.context() as patched:
+        for name, value in {"LATENTIZE_CACHE": str(tmp_path / "cache"), "CXX": "", "PATH": str(tmp_path)}.items():
+            patched.setenv(name, value)
+        code, _, err = call(capsys, "build", out, "--target", "onnxruntime")
+    assert code == 2
+    assert "no C++ compiler was found); install g++ or clang++" in err
+    (out / "model.onnx").unlink()
+    code, _, err = call(capsys, "build", out, "--target", "onnxruntime")
+    assert code == 2
+    assert "the library serves model.onnx, which is not there; convert with --export onnx" in err
