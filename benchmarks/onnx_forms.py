@@ -4,12 +4,14 @@
     python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant
 
 One thread; times are CPU time of that thread, so that a busy machine disturbs them little. All graphs of a comparison
-are run in turn, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on them.
+are run in every round, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on
+them.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +72,7 @@ def measure_forms() -> list[dict[str, Any]]:
         for tokens in TOKENS:
             feeds = node_feeds(config, tokens)
             calls = {
-                form: _runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
+                form: runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
             }
             times = interleaved(calls)
             best = min(ms for form, ms in times.items() if form != auto)
@@ -96,7 +98,7 @@ def measure_blocks() -> list[dict[str, Any]]:
             }
         for tokens in TOKENS:
             hidden = np.random.default_rng(tokens).standard_normal((1, tokens, d), dtype=np.float32)
-            calls = {name: _runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
+            calls = {name: runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
             times = interleaved(calls)
             rows += [
                 {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / times["original"]}
@@ -106,14 +108,18 @@ def measure_blocks() -> list[dict[str, Any]]:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Lower quartile of the CPU milliseconds of each call, one of each per round, about `SECONDS` each."""
+    """Lower quartile of the CPU milliseconds of each call, one of each per round, about `SECONDS` each.
+
+    Their order is drawn for every round: what runs before a call decides what it finds in the caches.
+    """
+    generator = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     while sum(map(sum, samples.values())) < SECONDS * 1e3 * len(calls) and len(next(iter(samples.values()))) < 500:
-        for name, call in calls.items():
+        for name in generator.sample(list(calls), len(calls)):
             start = time.thread_time()
-            call()
+            calls[name]()
             samples[name].append((time.thread_time() - start) * 1e3)
     return {name: quantiles(times, n=4)[0] for name, times in samples.items()}
 
@@ -169,7 +175,8 @@ def block_session(block: LatentMoE, d: int, path: Path) -> onnxruntime.Inference
     return open_session(path, threads=1)
 
 
-def _runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:
+def runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:
+    """A call of the session on these inputs."""
     return lambda: session.run(None, dict(feeds))
 
 
