@@ -152,6 +152,19 @@ def test_a_worker_that_dies_is_one_line(
     assert error.value.exit_code == (2 if status == 134 else 5)
 
 
+def test_what_the_library_said_last_is_why_nothing_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much it said, and with nowhere on disk to keep it."""
+    script = (
+        "import json, sys; sys.stderr.write('a line\\n' * 50000 + 'Error 10: no tactic\\n\\n'); "
+        "print(json.dumps({'error': 'the builder found no implementation', 'why': True}))"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _command, **kwargs: real([sys.executable, "-c", script], **kwargs))
+    answer = tensorrt._ask_worker({}, tmp_path, tensorrt.silent)
+    assert answer["error"] == "the builder found no implementation: Error 10: no tactic"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lib"]
+
+
 @pytest.mark.parametrize(
     ("shape", "floating", "expected"),
     [
