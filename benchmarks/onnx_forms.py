@@ -5,12 +5,14 @@
                                                      by standard operators and with latentize's own
 
 One thread; times are CPU time of that thread, so that a busy machine disturbs them little. All graphs of a comparison
-are run in turn, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on them.
+are run in every round, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on
+them.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -74,7 +76,7 @@ def measure_forms() -> list[dict[str, Any]]:
         for tokens in TOKENS:
             feeds = node_feeds(config, tokens)
             calls = {
-                form: _runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
+                form: runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
             }
             times = interleaved(calls)
             best = min(ms for form, ms in times.items() if form != auto)
@@ -108,7 +110,7 @@ def measure_blocks() -> list[dict[str, Any]]:
                     sessions[name + ours] = open_session(path, threads=1, operator=library)
         for tokens in TOKENS:
             hidden = np.random.default_rng(tokens).standard_normal((1, tokens, d), dtype=np.float32)
-            calls = {name: _runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
+            calls = {name: runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
             times = interleaved(calls)
             for name, ms in times.items():
                 alike = ms / times["original" + OURS * name.endswith(OURS)]
@@ -118,14 +120,18 @@ def measure_blocks() -> list[dict[str, Any]]:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Lower quartile of the CPU milliseconds of each call, one of each per round, about `SECONDS` each."""
+    """Lower quartile of the CPU milliseconds of each call, one of each per round, about `SECONDS` each.
+
+    Their order is drawn for every round: what runs before a call decides what it finds in the caches.
+    """
+    generator = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     while sum(map(sum, samples.values())) < SECONDS * 1e3 * len(calls) and len(next(iter(samples.values()))) < 500:
-        for name, call in calls.items():
+        for name in generator.sample(list(calls), len(calls)):
             start = time.thread_time()
-            call()
+            calls[name]()
             samples[name].append((time.thread_time() - start) * 1e3)
     return {name: quantiles(times, n=4)[0] for name, times in samples.items()}
 
@@ -175,7 +181,8 @@ def make_block(d: int, m: int, n: int, k: int, latent: int | None) -> LatentMoE:
     return LatentMoE(MoESpec(RouterSpec(draw(n, d), k, normalize="sum"), experts, projections))
 
 
-def _runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:
+def runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:
+    """A call of the session on these inputs."""
     return lambda: session.run(None, dict(feeds))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from latentize.errors import LatentizeError
 from latentize.exporters import onnx_forms
+from latentize.exporters.onnx_costs import last_tokens
 from latentize.exporters.onnx_forms import NodeConfig, Values
 from latentize.exporters.onnx_fused import MICROSOFT, fused
 from latentize.exporters.onnx_nodes import DOUBLE, Nodes
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN = "latentize"
-#: Nanoseconds for one weight of an expert and token, in one wide product and in one per expert; and for the nodes of
-#: one expert. Share of the experts up to which copying the weights of every pair is faster than reading all of them.
-_DENSE_NS, _SPARSE_NS, _NODES_NS, _READ_ALL = 0.047, 0.093, 8000.0, 0.44
 OP_TYPE = "LatentExperts"
 INPUTS = ("hidden", "indices", "weights", "gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 ATTRIBUTES = ("activation", "alpha", "gate_min", "gate_max", "up_min", "up_max", "up_offset", "weights_on_input")
@@ -60,7 +58,8 @@ def build_body(form: str, config: NodeConfig, opset: int, overload: str) -> onnx
     nodes = Nodes(compute)
     result = build(nodes, config, _inputs(nodes, config, compute))
     if config.dtype == compute:
-        nodes.list.append(helper.make_node("Identity", [result], ["combined"]))
+        assert list(nodes.list[-1].output) == [result]
+        nodes.list[-1].output[0] = "combined"
     else:
         nodes.list.append(helper.make_node("Cast", [result], ["combined"], to=config.dtype))
     imports = [helper.make_opsetid("", opset)]
@@ -119,18 +118,6 @@ def _by_pairs(forms: Sequence[str]) -> Form:
 
 
 def few_pairs(config: NodeConfig, few: str, many: str) -> int:
-    """Up to how many (token, expert) pairs form `few` outruns form `many`; at least one token's.
-
-    Fitted to CPU measurements of the fused operator at 2^6 to 2^18 weights a matrix, of the dense form and of copies
-    before it and before the fused operator at 2^10 to 2^13 (benchmarks/onnx_forms.py measures them all).
-    """
-    n, k, size = config.num_experts, config.top_k, config.intermediate_size * config.latent_dim
-    if many == "dense":  # it reads every expert once, where others read some several times
-        return max(k, int(_READ_ALL * n))
-    if (few, many) == ("gather", "moe"):
-        return max(k, int(_READ_ALL * n * (4096 / size) ** 0.5))
-    if few == "dense":  # idle experts cost it products, others a few nodes each
-        idle = n * _DENSE_NS - k * _SPARSE_NS
-        return max(k, int(k * n * _NODES_NS / (idle * 3 * size))) if idle > 0 else 1 << 31
-    pairs = n * (10_000 / size) ** 0.6  # one node per expert: the larger the experts, the earlier it wins
-    return max(k, int(pairs if few == "moe" else 0.6 * pairs))
+    """Up to how many (token, expert) pairs form `few` costs less than form `many`; at least one token's."""
+    tokens = last_tokens(config, few, many)
+    return (1 << 31) if tokens is None else tokens * config.top_k

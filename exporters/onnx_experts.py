@@ -11,6 +11,7 @@ import torch
 from latentize import ops as _ops  # noqa: F401 - defines torch.ops.latentize.latent_experts
 from latentize.activations import Activation
 from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body
+from latentize.exporters.onnx_costs import cheapest
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal
 
@@ -19,13 +20,6 @@ if TYPE_CHECKING:
 
 #: Unrolled bodies: at most this many experts in a graph (a thousand load in seconds) and bytes of fp32 weights.
 UNROLLED_EXPERTS, UNROLLED_BYTES = 1024, 1 << 30
-#: Weights in a matrix up to which an expert's time goes into starting nodes more than into multiplying.
-SMALL = 1 << 14
-#: Weights in one matrix of every expert up to which running them all is no slower than reading the selected ones.
-SMALL_ALL = 40_000
-#: Experts for each selected one from which running all of them does not pay.
-MOSTLY_IDLE = 6
-
 _OPTIONAL = ("gate", "gate_bias", "up_bias", "down_bias")
 
 
@@ -105,27 +99,19 @@ def _overload(form: str, number: int) -> str:
 
 
 def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
-    """The form that was measured fastest on CPU (benchmarks/onnx_forms.py), for one node of a graph that holds `every`.
+    """The form, or forms by the number of tokens, that cost least on CPU, for one node of a graph that holds `every`.
 
-    One node per expert is fastest once every expert has work, but costs load time and a second copy of the weights:
-    only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph. Few pairs go to onnxruntime's fused
-    operator where it is exact, or the active experts are looped over where most are idle. Where experts are small, a
-    copy of each pair's weights is gathered for few pairs, and all experts run as wide products for some, unless most
-    would be idle.
+    What they cost is in `onnx_costs`. Forms with nodes of their own for each expert take time to load and hold a second
+    copy of the weights: they count only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph, and dense
+    products, whose weights are transposed, only within the latter. onnxruntime's fused operator counts where it is
+    exact, and a loop over the active experts where it is not.
     """
-    fused = not moe_refusal(config)
-    experts = sum(c.num_experts for c in every)
-    if experts > UNROLLED_EXPERTS or sum(c.weight_bytes for c in every) > UNROLLED_BYTES:
-        return "moe" if fused else "loop"
-    size = config.intermediate_size * config.latent_dim
-    if size <= SMALL:
-        if config.num_experts > MOSTLY_IDLE * config.top_k:
-            return "gather+moe+batched" if fused else "gather+batched"
-        return "dense+batched" if config.num_experts * size <= SMALL_ALL else "gather+dense+batched"
-    many = "unrolled"
-    if fused:
-        return f"moe+{many}"
-    return f"loop+{many}" if config.num_experts > 16 * config.top_k else many
+    forms = ["gather", "loop" if moe_refusal(config) else "moe"]
+    if sum(c.weight_bytes for c in every) <= UNROLLED_BYTES:
+        forms += ["dense"]
+        if sum(c.num_experts for c in every) <= UNROLLED_EXPERTS:
+            forms += ["batched", "unrolled"]
+    return "+".join(cheapest(config, tuple(forms)))
 
 
 def node_config(node: ir.Node) -> NodeConfig:

@@ -13,7 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,15 +241,17 @@ def _build(out: Path, target: str, request: dict[str, Any], work: Path, progress
 def _ask_worker(request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
     paths = [str(_library_folder(work)), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
-    messages = work / "messages"
-    with messages.open("w") as said:
-        worker = subprocess.Popen(  # noqa: S603 - our own module, no shell
-            [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
-            env=environment, stdout=subprocess.PIPE, stderr=said, text=True,
-        )  # fmt: skip
+    worker = subprocess.Popen(  # noqa: S603 - our own module, no shell
+        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
+    )  # fmt: skip
+    assert worker.stdout is not None
+    assert worker.stderr is not None
+    said: deque[str] = deque(maxlen=1)  # not kept in a file: what goes wrong may be a full disk
+    listener = threading.Thread(target=lambda: said.extend(filter(str.strip, worker.stderr or ())), daemon=True)
+    listener.start()
     answer: dict[str, Any] = {}
     try:
-        assert worker.stdout is not None
         for line in worker.stdout:
             if line.startswith("{"):
                 answer = json.loads(line)
@@ -256,9 +260,10 @@ def _ask_worker(request: dict[str, Any], work: Path, progress: Progress) -> dict
         status = worker.wait()
     finally:
         worker.kill()
+    listener.join()
+    last = said[0].strip() if said else "no message"
     if status == 0 and answer and "step" not in answer:
-        return answer
-    last = next((line for line in reversed(messages.read_text().splitlines()) if line.strip()), "no message")
+        return {**answer, "error": f"{answer['error']}: {last}"} if answer.get("why") else answer
     if status == -signal.SIGKILL or any(words in last for words in _RAN_OUT):
         raise ResourceError(f"TensorRT ran out of memory or disk (status {status}): {last}")
     raise LatentizeError(f"TensorRT stopped with status {status}: {last}")

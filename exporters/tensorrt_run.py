@@ -15,8 +15,9 @@ from latentize.inputs import Inputs
 #: Largest relative error between an engine and its model by the model's dtype: fp32 products are tf32 on a GPU.
 TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-#: Bytes that an engine begins with: four letters, and at 16 its size where tensorrt-rtx wrote it.
-_HEAD = 24
+#: Bytes that an engine begins with: four letters, and where tensorrt-rtx wrote it, at 16 its size and at 24 the
+#: library's version.
+_HEAD = 28
 
 
 class EngineSession:
@@ -47,7 +48,8 @@ class EngineSession:
         if self._engine is None:
             raise LatentizeError(
                 f"{path}: {trt.__name__} {trt.__version__} cannot load it on {torch.cuda.get_device_name()}: it was "
-                "built for another device or by another version, or is cut short; build it again with latentize build"
+                f"built {built_by(path)}for another device or by another version, or is damaged; build it again with "
+                "latentize build"
             )
         self._context = self._engine.create_execution_context()
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -130,6 +132,15 @@ def check_file(path: Path) -> None:
         raise LatentizeError(
             f"{path}: the engine is cut short or damaged: {size} bytes where it names {named}; build it again"
         )
+
+
+def built_by(path: Path) -> str:
+    """The library that an engine says it was built by, e.g. "by tensorrt-rtx 1.7.1.116, "; "" where it says nothing."""
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if head[:4] != b"vtrt" or len(head) < _HEAD:
+        return ""
+    return f"by tensorrt-rtx {'.'.join(map(str, head[24:_HEAD]))}, "
 
 
 def require_device(what: object) -> None:

@@ -45,7 +45,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     cache = _TimingCache(trt, config, request)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        return {"error": "the builder found no implementation; its messages are above"}
+        return {"error": "the builder found no implementation", "why": True}
     Path(request["engine"]).write_bytes(engine)
     cache.keep()
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]

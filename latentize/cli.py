@@ -350,7 +350,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         _fail(_interrupted(arguments), 130)
     except Exception as error:
-        problem = _resource_problem(error)
+        problem = _resource_problem(error, "continue with --resume" if _resumable(arguments) else "run again")
         if problem is None:
             raise
         _debug(error)
@@ -369,14 +369,18 @@ def _debug(error: BaseException) -> None:
 
 
 def _interrupted(arguments: list[str]) -> str:
-    converts = bool(arguments) and arguments[0] not in ("inspect", "compare", "bench", "build")
-    if not converts or "--dry-run" in arguments:
+    if not _resumable(arguments):
         return "interrupted"
     again = [*arguments] if "--resume" in arguments else [*arguments, "--resume"]
     return f"interrupted; continue with: latentize {shlex.join(again)}"
 
 
-def _resource_problem(error: Exception) -> str | None:
+def _resumable(arguments: list[str]) -> bool:
+    converts = bool(arguments) and arguments[0] not in ("inspect", "compare", "bench", "build")
+    return converts and "--dry-run" not in arguments
+
+
+def _resource_problem(error: Exception, again: str) -> str | None:
     """What ran out, for errors that say so whoever raised them; None for any other."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     no_memory = ("can't allocate memory", "not enough memory", "out of memory")
@@ -388,5 +392,5 @@ def _resource_problem(error: Exception) -> str | None:
         return f"out of memory ({text}); give smaller calibration batches, or use a machine with more memory"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left on device" in text:
-        return f"the disk is full ({text}); free some space, then continue with --resume"
+        return f"the disk is full ({text}); free some space, then {again}"
     return None

@@ -72,10 +72,11 @@ def _engines(
     out: Path, targets: Sequence[str], experts: Experts, profiles: Sequence[str], dtype: str | None, *, quiet: bool
 ) -> None:
     from latentize.exporters import tensorrt
-    from latentize.run_compare import require_tensorrt
+    from latentize.run_compare import check_report, require_tensorrt
 
     manifest = artefact.read_manifest(out)
     require_tensorrt("latentize build")
+    check_report(out)
     asked = [Profile.parse(text) for text in profiles]
     planned = manifest.recipe.get("profiles") or ()
     chosen = choose(asked, planned, _longest(out))

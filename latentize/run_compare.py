@@ -58,6 +58,7 @@ def compare(options: Options) -> None:
     console, progress = terminal.consoles(quiet=options.quiet)
     steps = Steps(progress)
     artefact.read_manifest(options.out)
+    check_report(options.out)
     notes: list[str] = []
     backends = compare_backends.available(options.out, options.backends, notes)
     with steps.step("load"):
@@ -99,6 +100,16 @@ def require_tensorrt(feature: str) -> None:
     tensorrt_library.find(feature)
     if importlib.util.find_spec("onnx") is None:
         raise MissingExtraError("onnx", "onnx", feature)
+
+
+def check_report(out: Path) -> None:
+    """Check that a report in OUT, which will get what is found, can be read: before the work.
+
+    Raises:
+        LatentizeError: it is damaged.
+    """
+    if (out / report.JSON_NAME).exists():
+        report.read(out)
 
 
 def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module, dict[str, LatentMoE]]:

@@ -35,6 +35,8 @@ _FILES = {
     "nemotron_h-hub/": "the same with its weights named as on the hub",
     ORIGINAL: "the original as an ONNX graph, to compare with", "config.json": "transformers configuration",
 }  # fmt: skip
+#: What other files are, by their ending.
+_KINDS = {".safetensors": "weights", ".engine": "TensorRT engine of the rewritten model", ".data": "weights of a graph"}
 
 
 def plans(prepared: Prepared, specs: Mapping[str, MoESpec] | None = None) -> dict[str, Plan]:
@@ -193,7 +195,7 @@ def _files(folder: Path) -> Iterator[File]:
     for name in (report.JSON_NAME, report.HTML_NAME):
         present.setdefault(name, 0)
     for name, size in sorted(present.items()):
-        what = _FILES.get(name, "weights" if name.endswith(".safetensors") else "part of the model")
+        what = _FILES.get(name) or _KINDS.get(Path(name).suffix, "part of the model")
         yield File(name, what, size or None)
 
 

@@ -64,7 +64,7 @@ def fresh_ids(*shapes: tuple[int, int]) -> list[tuple[tuple[Tensor], dict[str, A
 def lm(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lm, Path]:
     model, path = Lm(), tmp_path_factory.mktemp("lm") / "model.onnx"
     export = export_onnx(model, (torch.zeros(1, 4, dtype=torch.long),), {}, path, metadata={"recipe": "{}"})
-    assert dict(export.forms) == dict.fromkeys(("blocks.0.experts", "blocks.1.experts"), "dense+batched")
+    assert dict(export.forms) == dict.fromkeys(("blocks.0.experts", "blocks.1.experts"), "dense")
     return model, path
 
 
@@ -88,7 +88,7 @@ def test_file_holds_one_node_per_block_and_passes_the_full_checker(lm: tuple[Lm,
 def test_metadata_is_in_the_file(lm: tuple[Lm, Path]) -> None:
     stored = {p.key: p.value for p in onnx.load(lm[1]).metadata_props}
     assert stored["recipe"] == "{}"
-    assert json.loads(stored["latentize.forms"])["blocks.0.experts"] == "dense+batched"
+    assert json.loads(stored["latentize.forms"])["blocks.0.experts"] == "dense"
 
 
 def test_model_is_left_as_it_was_and_only_free_sizes_are_symbols(tmp_path: Path) -> None:

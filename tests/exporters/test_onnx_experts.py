@@ -21,15 +21,13 @@ def make_config(
 @pytest.mark.parametrize(
     ("config", "form"),
     [
-        (make_config(), "moe+unrolled"),
+        (make_config(), "batched+unrolled"),
         (make_config(latent=64, m=64, n=32), "gather+dense+batched"),
-        (make_config(latent=16, m=16, n=32), "dense+batched"),
-        (make_config(latent=64, m=64), "gather+moe+batched"),
-        (make_config(activation="gelu"), "unrolled"),
-        (make_config(activation="gelu", latent=64, m=64), "gather+batched"),
-        (make_config(activation="gelu", n=256), "loop+unrolled"),
-        (make_config(dtype=DOUBLE), "unrolled"),
-        (make_config(on_input=True), "unrolled"),
+        (make_config(latent=32, m=32, n=8, k=4), "dense"),
+        (make_config(latent=64, m=64, k=4), "gather+moe+batched"),
+        (make_config(activation="gelu", latent=64, m=64, k=4), "gather+batched"),
+        (make_config(dtype=DOUBLE, latent=64, m=64, k=4), "gather+batched"),
+        (make_config(on_input=True, latent=64, m=64, k=4), "gather+batched"),
     ],
 )
 def test_form_follows_size_and_what_the_fused_operator_can_express(config: NodeConfig, form: str) -> None:
@@ -40,9 +38,14 @@ def test_graphs_with_very_many_experts_have_no_node_per_expert() -> None:
     fused, other = make_config(n=128), make_config(n=128, activation="gelu")
     assert choose_form(fused, [fused] * 48) == "moe"
     assert choose_form(other, [other] * 48) == "loop"
+    small = make_config(n=128, latent=32, m=32, k=4)
+    assert choose_form(small, [small] * 48) == "gather+moe"
 
 
 def test_graphs_with_very_large_weights_do_not_copy_them() -> None:
     large = make_config(latent=2048, m=4096)
     assert large.weight_bytes > 1 << 30
     assert choose_form(large, [large]) == "moe"
+    small = make_config(latent=32, m=32, n=32)
+    assert "dense" in choose_form(small, [small])
+    assert "dense" not in choose_form(small, [small, large])

@@ -16,7 +16,7 @@ from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters import tensorrt
 from latentize.exporters.tensorrt import build
 from latentize.exporters.tensorrt_profiles import Profile, choose, fixed_problem, shapes
-from latentize.exporters.tensorrt_run import check_file
+from latentize.exporters.tensorrt_run import built_by, check_file
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
@@ -54,6 +54,7 @@ def test_engine_is_built_on_a_machine_without_a_gpu(target: str, tmp_path: Path)
         [((1, 1, D), (1, 16, D), (2, 32, D))], [((1, 1, D), (1, 1, D), (1, 1, D))],
     ]  # fmt: skip
     assert engine.library.startswith("tensorrt-rtx ")
+    assert built_by(tmp_path / engine.file) == f"by {engine.library}, "
     assert (engine.dtype, engine.plugins, engine.plan) == ("float", 0, None)
     assert engine.layers["MATRIX_MULTIPLY"] >= 6  # router, projections, three products of the experts
     assert any(note.startswith(f"{target}: ") and done <= total for done, total, note in steps)
@@ -111,6 +112,9 @@ def test_files_that_are_no_engine_or_cut_short_are_refused_without_a_gpu(tmp_pat
         check_file(path)
     path.write_bytes(whole)
     check_file(path)
+    assert built_by(path) == "by tensorrt-rtx 0.0.0.0, "
+    path.write_bytes(b"ptrt" + whole[4:])
+    assert built_by(path) == ""  # the full library's head is another
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,19 @@ def test_a_worker_that_dies_is_one_line(
     with pytest.raises(LatentizeError, match=words) as error:
         tensorrt._ask_worker({}, tmp_path, tensorrt.silent)
     assert error.value.exit_code == (2 if status == 134 else 5)
+
+
+def test_what_the_library_said_last_is_why_nothing_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much it said, and with nowhere on disk to keep it."""
+    script = (
+        "import json, sys; sys.stderr.write('a line\\n' * 50000 + 'Error 10: no tactic\\n\\n'); "
+        "print(json.dumps({'error': 'the builder found no implementation', 'why': True}))"
+    )
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _command, **kwargs: real([sys.executable, "-c", script], **kwargs))
+    answer = tensorrt._ask_worker({}, tmp_path, tensorrt.silent)
+    assert answer["error"] == "the builder found no implementation: Error 10: no tactic"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["lib"]
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,8 @@ def test_a_bug_shows_its_traceback(stub):
 def test_interrupting_a_command_that_cannot_resume_just_says_so():
     assert cli._interrupted(["inspect", "m.py"]) == "interrupted"
     assert cli._interrupted(["m.py", "--dry-run"]) == "interrupted"
+    full = OSError(28, "No space left on device")
+    assert str(cli._resource_problem(full, "run again")).endswith("free some space, then run again")
     assert cli._interrupted(["m 1.py", "--resume"]) == "interrupted; continue with: latentize 'm 1.py' --resume"
 
 

@@ -148,6 +148,19 @@ def test_a_truncated_graph_is_refused_by_name(out, capsys):
     assert "model.onnx: onnxruntime cannot load it" in err
 
 
+@pytest.mark.parametrize("command", ["compare", "build"])
+def test_a_damaged_report_is_said_before_the_work(out, capsys, monkeypatch, command):
+    if command == "build":
+        pytest.importorskip("tensorrt_rtx")
+    content = (out / "report.json").read_text()
+    (out / "report.json").write_text(content[: len(content) // 2])
+    monkeypatch.setattr("latentize.compare_backends.available", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("latentize.exporters.tensorrt.build", lambda *_, **__: pytest.fail("the work began"))
+    code, _, err = call(capsys, command, out)
+    assert code == 2
+    assert "report.json: not JSON" in err
+
+
 def with_profiles(out, profiles):
     manifest = (out / "latentize.json").read_text()
     (out / "latentize.json").write_text(manifest.replace('"profiles": []', f'"profiles": {json.dumps(profiles)}'))

@@ -1,0 +1,116 @@
+"""What each body form of `latentize::LatentExperts` costs in onnxruntime on CPU, and which forms suit a node.
+
+Every form starts some nodes, reads the weights of some experts once and multiplies them with some rows; the forms
+differ in how many of each and at what price. The prices were fitted to measured times (`benchmarks/onnx_costs.py`, one
+thread) and judge forms against one another: other machines are faster or slower in all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise, permutations
+from types import MappingProxyType
+
+from latentize.exporters.onnx_forms import NodeConfig
+
+#: Numbers of tokens that forms are chosen for.
+TOKENS = tuple(1 << power for power in range(11))
+#: Nanoseconds of a choice between two forms, in the graph.
+CHOICE = 8_000
+#: Forms that one body may hold, and what a further one must save somewhere: it may be one more copy of the weights.
+_MOST, _WORTH = 3, 0.02
+#: Beyond this many tokens a form that is still the cheaper one always is.
+_ALWAYS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Nanoseconds: of a call, of an expert, of an expert that has rows, of a weight of such an expert, of a row of an
+    expert, of a weight that is multiplied with a row, and of a row's intermediate value.
+    """
+
+    call: float
+    expert: float = 0.0
+    active: float = 0.0
+    read: float = 0.0
+    row: float = 0.0
+    multiply: float = 0.0
+    value: float = 0.0
+
+
+PRICES: Mapping[str, Prices] = MappingProxyType(
+    {
+        "gather": Prices(48_900, multiply=0.641),
+        "moe": Prices(67_500, 163, 1_710, 0.229, 173, 0.0814, 15.3),
+        "dense": Prices(55_600, 0, 0, 0.15, 7.36, 0.0263, 2.03),
+        "batched": Prices(60_700, 3_070, 926, 0.135, 165, 0.0552, 1.46),
+        "unrolled": Prices(47_500, 5_410, 1_590, 0.163, 217, 0.0534, 0),
+        "loop": Prices(80_000, 0, 13_500, 0.328, 452, 0.0763, 0),
+    }
+)
+
+
+def amounts(form: str, config: NodeConfig, tokens: int) -> tuple[float, ...]:
+    """How much of everything in `Prices` a form takes for a uniform routing, in the order of its fields."""
+    n, k, m = config.num_experts, min(config.top_k, config.num_experts), config.intermediate_size
+    weights = m * config.latent_dim * (2 + config.gated)
+    active, rows = n * (1 - (1 - k / n) ** tokens), tokens * config.top_k
+    if form == "dense":  # every expert works on every token
+        active, rows = n, tokens * n
+    return 1, n, active, active * weights, rows, rows * weights, rows * m
+
+
+def cost(form: str, config: NodeConfig, tokens: int) -> float:
+    """Nanoseconds that a form takes for this many tokens."""
+    p = PRICES[form]
+    prices = (p.call, p.expert, p.active, p.read, p.row, p.multiply, p.value)
+    return sum(price * amount for price, amount in zip(prices, amounts(form, config, tokens), strict=True))
+
+
+@lru_cache(maxsize=1024)
+def last_tokens(config: NodeConfig, few: str, many: str) -> int | None:
+    """Up to how many tokens form `few` is cheaper than form `many`; None where it always is, 1 at least."""
+
+    def cheaper(tokens: int) -> bool:
+        return cost(few, config, tokens) <= cost(many, config, tokens)
+
+    low, high = 1, 2
+    while cheaper(high):
+        if high >= _ALWAYS:
+            return None
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cheaper(middle) else (low, middle)
+    return low
+
+
+def taken(config: NodeConfig, forms: Sequence[str], tokens: int) -> int:
+    """Which of its forms a body takes for this many tokens: the first that is cheaper than the one after it."""
+    for place, (few, many) in enumerate(pairwise(forms)):
+        limit = last_tokens(config, few, many)
+        if limit is None or tokens <= limit:
+            return place
+    return len(forms) - 1
+
+
+@lru_cache(maxsize=256)
+def cheapest(config: NodeConfig, forms: tuple[str, ...]) -> tuple[str, ...]:
+    """Up to three of `forms`, for few, some and many tokens, that stay closest to the best of all over `TOKENS`.
+
+    Copies of the weights of every pair, "gather", are never the form for many: their memory grows with the tokens.
+    """
+    best = {tokens: min(cost(form, config, tokens) for form in forms) for tokens in TOKENS}
+
+    def worst(chosen: tuple[str, ...]) -> float:
+        def taking(tokens: int) -> float:
+            place = taken(config, chosen, tokens)
+            choices = min(place + 1, len(chosen) - 1)
+            return cost(chosen[place], config, tokens) + choices * CHOICE
+
+        return max(taking(tokens) / best[tokens] for tokens in TOKENS) + _WORTH * len(chosen)
+
+    several = (chosen for size in range(1, _MOST + 1) for chosen in permutations(forms, size))
+    return min((chosen for chosen in several if chosen[-1] != "gather"), key=worst)
