@@ -1,7 +1,8 @@
 """Heal a rewritten model: teach it what its original computes, block by block, then end to end.
 
 Trained are the routers and the latent blocks alone. What is kept is the best that was measured on held-out batches, so
-a healed model is never worse there than the one healing started from.
+a healed model is never worse there than the one healing started from. Where torch.distributed is initialised (torchrun,
+accelerate) all processes call `heal` alike and share out the steps of the second stage.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
 from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
+from latentize.heal_ranks import Ranks
 from latentize.heal_splice import token_embeddings
 from latentize.heal_state import Checkpoint, Trainables, contiguous, training_room
 from latentize.heal_text import predicts_next
@@ -81,18 +83,20 @@ def heal(
                 "batches": len(calibration),
                 "parameters": trainables.shapes(),
             }
+            ranks = Ranks.here()
             pieces = piece_count(teacher, train[0], steps.piece_tokens, steps.pieces)
             crew = hire(Worker(student, teacher, student_blocks, teacher_blocks, embeddings), train[0], pieces)
             job = Job(
                 student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
-                progress or silent, Checkpoint(checkpoint, fingerprint), notes, trainables.step_sizes(teacher_blocks),
-                pieces, crew, steps.text if is_text else 0.0,
+                progress or silent, Checkpoint(checkpoint, fingerprint, writes=ranks.rank == 0), notes,
+                trainables.step_sizes(teacher_blocks), pieces, crew, ranks, steps.text if is_text else 0.0,
             )  # fmt: skip
             with crew.at_work():
                 return _run(job)
 
 
 def _run(job: Job) -> HealReport:
+    job.agree()
     saved = job.checkpoint.load()
     state = job.resume(saved) if saved is not None else job.begin(job.measure()[0], _errors(job), _loads(job))
     if state.stage == "blocks":
@@ -102,7 +106,9 @@ def _run(job: Job) -> HealReport:
         state.enter("model")
         job.save(state)
     if state.stage == "model":
+        job.agree()
         heal_model(job, state)
+        job.agree()
         state.enter("done")
     errors, loads = _errors(job), _loads(job)
     job.save(state)

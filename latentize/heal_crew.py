@@ -8,11 +8,11 @@ comes out, for a number of threads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -134,16 +134,3 @@ def _outputs(worker: Worker, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).norm() <= _ALIKE * b.norm())
-
-
-def weighted(parts: Iterable[tuple[float, Sequence[Tensor | None]]]) -> list[Tensor | None]:
-    """Gradients of parts, each given with its weight, added up; None where no part has one."""
-    total: list[Tensor | None] | None = None
-    for weight, gradients in parts:
-        scaled = [None if g is None else g * weight for g in gradients]
-        total = scaled if total is None else [_sum(a, b) for a, b in zip(total, scaled, strict=True)]
-    return total or []
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Any:
-    return b if a is None else a if b is None else a.add_(b)

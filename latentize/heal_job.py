@@ -17,6 +17,7 @@ from latentize.errors import LatentizeError
 from latentize.heal_crew import Crew, Worker
 from latentize.heal_load import RoutingTap, starved_experts
 from latentize.heal_plan import HealPlan
+from latentize.heal_ranks import Ranks
 from latentize.heal_splice import Text, padded, reading
 from latentize.heal_state import Checkpoint, Trainables
 from latentize.inputs import Batch, Inputs
@@ -96,6 +97,7 @@ class Job:
     step_sizes: list[float]
     pieces: int
     crew: Crew
+    ranks: Ranks
     text_weight: float
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
@@ -130,6 +132,11 @@ class Job:
         self.trainables.restore(masters)
         torch.set_rng_state(rng)
         return State(**saved)
+
+    def agree(self) -> None:
+        """All processes get the weights of rank 0."""
+        self.ranks.agreed(self.trainables.masters)
+        self.trainables.write()
 
     def save(self, state: State, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write the state now, between two steps."""
@@ -201,7 +208,10 @@ class Job:
             for name, selected in seen.items():
                 counts[name] += selected
         loss = wrong / whole if whole else wrong
-        return loss, sum(starved_experts(c.tolist(), self.plan.min_load) for c in counts.values())
+        starved = sum(starved_experts(c.tolist(), self.plan.min_load) for c in counts.values())
+        found = torch.tensor([loss, float(starved)], dtype=torch.float64, device=self.trainables.masters[0].device)
+        self.ranks.agreed([found])
+        return found[0].item(), int(found[1])
 
     @torch.no_grad()
     def _measured(self, worker: Worker, batch: Batch) -> tuple[float, float, dict[str, Tensor]]:

@@ -11,12 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from latentize.heal_crew import Worker, weighted
+from latentize.heal_crew import Worker
 from latentize.heal_job import (
     FALL_BACK_RATE,
     FALL_BACKS,
@@ -30,6 +30,7 @@ from latentize.heal_job import (
     rate_for,
 )
 from latentize.heal_load import RoutingTap, count, follow, pressure
+from latentize.heal_parts import Part, together
 from latentize.heal_pieces import pieces_of
 from latentize.heal_splice import Text
 from latentize.heal_text import next_token_loss
@@ -93,40 +94,29 @@ class _Step:
     text: bool
 
 
-class _Part(NamedTuple):
-    """What a worker found on its part of a step."""
-
-    wrong: float
-    whole: float
-    gradients: list[Tensor | None]
-    counts: dict[str, Tensor]  # block -> [N] selections
-
-
 def _gradients(job: Job, state: State, step: _Step) -> tuple[float, list[Tensor | None]] | None:
     """Distance over a step and the gradients of its loss; None where the teacher's own output is not finite."""
-    parts = list(enumerate(pieces_of(step.batch, len(job.crew))))
-    found = job.crew.each(lambda worker, part: _part(job, state, step, worker, *part), parts)
-    usable = [part for part in found if part is not None]
-    whole = sum(part.whole for part in usable)
-    if len(usable) < len(found):
+    parts = list(enumerate(pieces_of(job.ranks.own(step.batch), len(job.crew))))
+    found = together(job.crew.each(lambda worker, part: _part(job, state, step, worker, *part), parts))
+    experts = {name: len(share) for name, share in state.shares.items()}
+    found = job.ranks.together(found, job.trainables.masters, experts)
+    if found is None:
         return None
     for name, share in state.shares.items():
-        state.shares[name] = follow(share, sum((part.counts[name] for part in usable[1:]), usable[0].counts[name]))
-    if len(usable) == 1:
-        return usable[0].wrong / max(whole, 1e-30), usable[0].gradients
-    gradients = weighted((part.whole / max(whole, 1e-30), part.gradients) for part in usable)
-    return sum(part.wrong for part in usable) / max(whole, 1e-30), gradients
+        state.shares[name] = follow(share, found.counts[name])
+    return found.distance, found.gradients
 
 
 @torch.enable_grad()
-def _part(job: Job, state: State, step: _Step, worker: Worker, number: int, batch: Batch) -> _Part | None:
+def _part(job: Job, state: State, step: _Step, worker: Worker, number: int, batch: Batch) -> Part | None:
     """One worker's part of a step."""
-    key = (*step.key, number) if number else step.key
+    place = job.ranks.rank * len(job.crew) + number
+    key = (*step.key, place) if place else step.key
     with job.reading(worker, batch, *key, spliced=step.spliced) as text:
         return _distance(job, state, worker, batch, text if step.text else Text())
 
 
-def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) -> _Part | None:
+def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) -> Part | None:
     inputs = Inputs.of(batch)
     with torch.no_grad(), InputTap(worker.teacher_blocks) as teacher_inputs:
         target = inputs.call(worker.teacher)
@@ -149,7 +139,7 @@ def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) 
                 loss = loss + distance.detach() * push
     counts = {name: count(routings[name], len(share)) for name, share in state.shares.items()}
     found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
-    return _Part(wrong.item(), whole.item(), list(found), counts)
+    return Part(wrong.item(), whole.item(), list(found), counts)
 
 
 class InputTap:

@@ -95,10 +95,12 @@ class Trainables:
 class Checkpoint:
     """One state file, replaced atomically; `folder` None keeps nothing.
 
-    `fingerprint` says which job the state belongs to; `load` refuses the state of another.
+    `fingerprint` says which job the state belongs to; `load` refuses the state of another. Of several processes one
+    `writes`, and all read.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, fingerprint: Mapping[str, Any], *, writes: bool = True) -> None:
+        self._writes = writes
         self._path = None if folder is None else Path(folder) / STATE_FILE
         self._fingerprint = dict(fingerprint)
 
@@ -113,7 +115,7 @@ class Checkpoint:
         Raises:
             ResourceError: the disk is full.
         """
-        if self._path is None:
+        if self._path is None or not self._writes:
             return
         partial = self._path.with_suffix(".partial")
         try:
