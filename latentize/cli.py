@@ -338,6 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     os.environ.setdefault(*_WAITING)
     try:
+        _alone()
         result = cli.main(args=list(arguments), prog_name="latentize", standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
     except click.exceptions.Exit as done:
@@ -355,6 +356,16 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _debug(error)
         _fail(problem, 5)
+
+
+def _alone() -> None:
+    """Several processes would write the same files."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world not in ("", "1") and "RANK" in os.environ:
+        raise LatentizeError(
+            f"started in {world} processes (WORLD_SIZE), but the command line is for one; "
+            "call latentize.convert from a script of your own there, and save from one of them"
+        )
 
 
 def _fail(message: str, code: int) -> None:

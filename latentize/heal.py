@@ -18,6 +18,7 @@ from latentize.compare import block_errors
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
+from latentize.heal_choice import choose
 from latentize.heal_crew import Worker, hire
 from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
@@ -86,10 +87,13 @@ def heal(
             ranks = Ranks.here()
             pieces = piece_count(teacher, train[0], steps.piece_tokens, steps.pieces)
             crew = hire(Worker(student, teacher, student_blocks, teacher_blocks, embeddings), train[0], pieces)
+            with crew.at_work():
+                choice = choose(crew, train) if loss.kind == "kl" and pieces > 1 else None
             job = Job(
                 student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
                 progress or silent, Checkpoint(checkpoint, fingerprint, writes=ranks.rank == 0), notes,
-                trainables.step_sizes(teacher_blocks), pieces, crew, ranks, steps.text if is_text else 0.0,
+                trainables.step_sizes(teacher_blocks), pieces, crew, ranks, choice,
+                steps.text if is_text else 0.0,
             )  # fmt: skip
             with crew.at_work():
                 return _run(job)

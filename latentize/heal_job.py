@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
+from latentize.heal_choice import Choice
 from latentize.heal_crew import Crew, Worker
 from latentize.heal_load import RoutingTap, starved_experts
+from latentize.heal_pieces import pieces_of, sequences_of
 from latentize.heal_plan import HealPlan
 from latentize.heal_ranks import Ranks
 from latentize.heal_splice import Text, padded, reading
@@ -98,6 +100,7 @@ class Job:
     pieces: int
     crew: Crew
     ranks: Ranks
+    choice: Choice | None
     text_weight: float
     _saved_at: float = field(default_factory=time.monotonic)
     _clock: float = field(default_factory=time.monotonic)
@@ -179,9 +182,23 @@ class Job:
 
     def train_batch(self, index: int) -> Batch:
         """The `index`-th batch of training: every batch once in each round, in an order of its own for each round."""
+        return self.train[self._number(index)]
+
+    def train_pieces(self, index: int, count: int) -> Iterator[Batch]:
+        """What the `count` optimiser steps on the `index`-th batch's worth of sequences read, one after the other."""
+        if self.choice is None:
+            yield from pieces_of(self.train_batch(index), count)
+            return
+        for place in range(index * count, (index + 1) * count):
+            number = self._number(place)
+            batch = self.train[number]
+            share = -(-sequences_of(batch) // count)
+            yield self.choice.of(batch, number, share, self.generator(3, place))
+
+    def _number(self, index: int) -> int:
         count = len(self.train)
         order = torch.randperm(count, generator=self.generator(index // count))
-        return self.train[int(order[index % count])]
+        return int(order[index % count])
 
     def generator(self, *key: int) -> torch.Generator:
         """A random generator for one purpose, the same whenever it is asked for."""

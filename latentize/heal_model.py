@@ -54,8 +54,7 @@ def heal_model(job: Job, state: State) -> None:
     while state.model_steps < plan.model_steps and not state.early_stopped:
         losses, trouble = [], ""
         spliced = not near or state.model_steps < plan.spliced * plan.model_steps
-        batch = job.train_batch(state.model_steps)
-        for number, piece in enumerate(pieces_of(batch, pieces)):
+        for number, piece in enumerate(job.train_pieces(state.model_steps, pieces)):
             share = cosine(state.model_steps + number / pieces, plan.model_steps, plan.warmup)
             found = _gradients(job, state, _Step(piece, (state.model_steps, number), spliced, near))
             if found is None:

@@ -17,16 +17,31 @@ def pieces_of(batch: Batch, count: int) -> list[Batch]:
     The first tensor that holds token ids [B, T] or states [B, T, d] decides; every tensor whose first axis has length B
     is divided along it, and anything else is handed to each piece as it is.
     """
-    leading = next((tensor for tensor in Inputs.of(batch).tensors() if _has_sequences(tensor)), None)
-    if leading is None or count < 2 or len(leading) < 2:
+    sequences = sequences_of(batch)
+    if count < 2 or sequences < 2:
         return [batch]
-    rows = torch.arange(len(leading)).tensor_split(min(count, len(leading)))
+    rows = torch.arange(sequences).tensor_split(min(count, sequences))
+    return [_part(batch, sequences, slice(int(places[0]), int(places[-1]) + 1)) for places in rows]
 
-    def part(leaf: Any, places: Tensor) -> Any:
-        divided = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(leading)
-        return leaf[int(places[0]) : int(places[-1]) + 1] if divided else leaf
 
-    return [pytree.tree_map(lambda leaf, places=places: part(leaf, places), batch) for places in rows]
+def sequences_of(batch: Batch) -> int:
+    """How many sequences a batch has, by the rule of `pieces_of`; 0 where no axis of them is seen."""
+    leading = next((tensor for tensor in Inputs.of(batch).tensors() if _has_sequences(tensor)), None)
+    return 0 if leading is None else len(leading)
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some of the sequences [n] of a batch, by the rule of `pieces_of`."""
+    return _part(batch, sequences_of(batch), rows)
+
+
+def _part(batch: Batch, sequences: int, rows: slice | Tensor) -> Batch:
+    def part(leaf: Any) -> Any:
+        divided = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == sequences
+        return leaf[rows] if divided else leaf
+
+    found: Batch = pytree.tree_map(part, batch)
+    return found
 
 
 def piece_count(model: nn.Module, batch: Batch, least_tokens: int, most: int) -> int:

@@ -229,3 +229,12 @@ def test_a_missing_extra_is_named_before_the_model_loads(capsys, plain, monkeypa
     code, _, err = call(capsys, "plain.py", "--export", "tensorrt")
     assert code == 2
     assert f"latentize[{extra}]" in err
+
+
+def test_several_processes_are_told_that_the_command_line_is_for_one(capsys, stub, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "2")
+    code, _, err = call(capsys, "model.py")
+    assert code == 2
+    assert "4 processes" in err
+    assert "latentize.convert" in err

@@ -171,7 +171,7 @@ def test_zero_steps_change_nothing_and_are_measured():
     assert not report.improved
 
 
-@pytest.mark.parametrize(("asked", "blocks", "model"), [(None, 200, 640), (100, 50, 100), (1, 1, 1), (0, 0, 0)])
+@pytest.mark.parametrize(("asked", "blocks", "model"), [(None, 100, 400), (100, 25, 100), (1, 1, 1), (0, 0, 0)])
 def test_chosen_steps(asked: int | None, blocks: int, model: int):
     plan = HealPlan.chosen(asked)
     assert (plan.block_steps, plan.model_steps) == (blocks, model)
