@@ -13,10 +13,12 @@ class HealPlan:
     """The work of healing. Both stages warm up to a rate relative to the weights, then follow a cosine to zero.
 
     `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step; `model_steps`
-    steps, one calibration batch each, distil the whole model; a batch is taken in up to `pieces` smaller steps of at
-    least `piece_tokens` tokens (half as many near the goal), with spliced text where there is any. The `held_out` share
-    of the batches (at most `held_out_limit`) is never trained on; it is measured `evaluations` times and decides which
-    weights are kept. After `patience` measurements in a row without gain the rate falls, and then the stage ends early.
+    steps, one calibration batch's worth of sequences each, distil the whole model. Each of them is taken in up to
+    `pieces` smaller steps of at least `piece_tokens` tokens (half as many near the goal). Where the output is logits
+    those read sequences chosen from a batch of their own (`latentize.heal_choice`), spliced where they are text. The
+    `held_out` share of the batches (at most `held_out_limit`) is never trained on; it is measured `evaluations` times
+    and decides which weights are kept. After `patience` measurements in a row without gain the rate falls, and then the
+    stage ends early.
     An expert below `min_load` of the mean load is pushed above it. End to end, the relative squared error of what
     reaches each block is added to the loss with the weight `match_inputs`, which falls to zero over the steps.
     Near the goal, where the original predicts text, the token that really follows has the weight `text` in the target,
@@ -45,7 +47,7 @@ class HealPlan:
 
     @classmethod
     def chosen(cls, heal_steps: int | None = None) -> HealPlan:
-        """The plan for `heal_steps` end-to-end steps and a quarter as many block-wise ones; None chooses, 0 does nothing.
+        """The plan for `heal_steps` end-to-end steps, and a quarter as many block-wise; None chooses, 0 does nothing.
 
         The choice, 400 steps of one batch, is at most five minutes of two cores on a model of 1.8 M parameters and
         batches of 16 x 128 tokens.
