@@ -30,6 +30,8 @@ _R = TypeVar("_R")
 
 #: Beyond so many threads the operations of each are given more threads instead.
 MOST = 4
+#: Bytes of buffers up to which each worker may have copies of its own.
+BUFFER_BYTES = 256 * 2**20
 #: Largest relative difference between what a copy and its original give.
 _ALIKE = 1e-4
 
@@ -110,8 +112,10 @@ def hire(first: Worker, batch: Batch, pieces: int) -> Crew:
     """
     alone = Crew([first])
     count = min(MOST, torch.get_num_threads(), len(pieces_of(batch, 1 << 30)) // max(1, pieces))
-    tensors = [t for model in (first.student, first.teacher) for t in (*model.parameters(), *model.buffers())]
-    if count < 2 or pieces < 2 or any(t.device.type != "cpu" for t in tensors):
+    models = nn.ModuleList([first.student, first.teacher])
+    buffers = sum(buffer.nbytes for buffer in models.buffers())
+    on_cpu = all(t.device.type == "cpu" for t in (*models.parameters(), *models.buffers()))
+    if count < 2 or pieces < 2 or not on_cpu or buffers > BUFFER_BYTES:
         return alone
     try:
         crew = Crew([first, *(first.twin(batch) for _ in range(count - 1))])

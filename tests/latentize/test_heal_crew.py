@@ -94,6 +94,15 @@ def test_models_that_do_not_bear_it_are_healed_in_one_thread(kind: type[Lm]):
     assert len(hire(worker(kind()), BATCH, pieces=2)) == 1
 
 
+def test_a_model_with_large_buffers_is_not_copied(monkeypatch):
+    first = worker()
+    first.student.register_buffer("table", torch.zeros(300))
+    monkeypatch.setattr("latentize.heal_crew.BUFFER_BYTES", 1200)
+    assert len(hire(first, BATCH, pieces=2)) == 2
+    monkeypatch.setattr("latentize.heal_crew.BUFFER_BYTES", 1199)
+    assert len(hire(first, BATCH, pieces=2)) == 1
+
+
 def test_a_batch_that_is_not_known_to_come_apart_stays_whole():
     assert len(hire(worker(), BATCH, pieces=1)) == 1
 
