@@ -227,7 +227,7 @@ def test_the_library_for_onnxruntime_is_built_without_tensorrt_and_kept_in_the_r
         pytest.skip("no C++ compiler here")
     code, shown, err = call(capsys, "build", out, "--target", target)
     assert code == 0, err
-    assert f'register_custom_ops_library("{out / onnxruntime_ops.FILE}")' in " ".join(shown.split())
+    assert f'register_custom_ops_library("{out / onnxruntime_ops.FILE}")' in "".join(shown.split())
     (library,) = report.read(out).libraries
     assert library.file == onnxruntime_ops.FILE
     assert library.bytes == (out / onnxruntime_ops.FILE).stat().st_size
