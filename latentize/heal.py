@@ -89,13 +89,12 @@ def heal(
             crew = hire(Worker(student, teacher, student_blocks, teacher_blocks, embeddings), train[0], pieces)
             with crew.at_work():
                 choice = choose(crew, train) if loss.kind == "kl" and pieces > 1 else None
-            job = Job(
-                student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
-                progress or silent, Checkpoint(checkpoint, fingerprint, writes=ranks.rank == 0), notes,
-                trainables.step_sizes(teacher_blocks), pieces, crew, ranks, choice,
-                steps.text if is_text else 0.0,
-            )  # fmt: skip
-            with crew.at_work():
+                job = Job(
+                    student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
+                    progress or silent, Checkpoint(checkpoint, fingerprint, writes=ranks.rank == 0), notes,
+                    trainables.step_sizes(teacher_blocks), pieces, crew, ranks, choice,
+                    steps.text if is_text else 0.0,
+                )  # fmt: skip
                 return _run(job)
 
 

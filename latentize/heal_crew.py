@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize.compare import main_output
-from latentize.heal_pieces import pieces_of
-from latentize.heal_splice import token_embeddings
+from latentize.heal_pieces import pieces_of, sequences_of
 from latentize.inputs import Batch, Inputs
 from latentize.moe import LatentMoE
 from latentize.passes.copying import deep_copy
@@ -46,14 +45,13 @@ class Worker:
     teacher_blocks: Mapping[str, LatentMoE]
     embeddings: Sequence[nn.Embedding]
 
-    def twin(self, batch: Batch) -> Worker:
+    def twin(self) -> Worker:
         """The same with modules and buffers of its own, and the same parameters."""
-        held = (self.student, self.teacher, dict(self.student_blocks), dict(self.teacher_blocks))
-        shared = {id(p): p for model in held[:2] for p in model.parameters()}
-        shared |= {id(p): p for blocks in held[2:] for block in blocks.values() for p in block.parameters()}
-        copies = deep_copy(held, shared)
-        found = token_embeddings((copies[1], copies[0]), batch) if self.embeddings else []
-        return Worker(*copies, found)
+        blocks = dict(self.student_blocks), dict(self.teacher_blocks)
+        held = (self.student, self.teacher, *blocks, list(self.embeddings))
+        modules = [self.student, self.teacher, *blocks[0].values(), *blocks[1].values()]
+        shared = {id(p): p for module in modules for p in module.parameters()}
+        return Worker(*deep_copy(held, shared))
 
 
 class Crew:
@@ -111,14 +109,14 @@ def hire(first: Worker, batch: Batch, pieces: int) -> Crew:
         pieces: how many steps it makes; with one it is not known that sequences can be taken apart.
     """
     alone = Crew([first])
-    count = min(MOST, torch.get_num_threads(), len(pieces_of(batch, 1 << 30)) // max(1, pieces))
+    count = min(MOST, torch.get_num_threads(), sequences_of(batch) // max(1, pieces))
     models = nn.ModuleList([first.student, first.teacher])
     buffers = sum(buffer.nbytes for buffer in models.buffers())
     on_cpu = all(t.device.type == "cpu" for t in (*models.parameters(), *models.buffers()))
     if count < 2 or pieces < 2 or not on_cpu or buffers > BUFFER_BYTES:
         return alone
     try:
-        crew = Crew([first, *(first.twin(batch) for _ in range(count - 1))])
+        crew = Crew([first, *(first.twin() for _ in range(count - 1))])
         parts = pieces_of(batch, count)
         with crew.at_work():
             found = crew.each(_outputs, parts)

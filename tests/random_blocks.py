@@ -1,4 +1,4 @@
-"""Random blocks of every form: what a test of modules or kernels holds against the reference."""
+"""Random experts and blocks of every form: what a test of modules, kernels or graphs holds against the reference."""
 
 from __future__ import annotations
 
@@ -10,21 +10,32 @@ from latentize.activations import Activation
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 
-def random_block(
-    normal: Callable[..., Tensor], d: int, width: int, m: int, n: int, k: int,
-    *, latent=True, gated=True, biases=False, identity=0, **routing,
-) -> MoESpec:  # fmt: skip
-    """N experts m wide at width `width`, or at d where it is not latent, with tensors that `normal` draws by shape."""
-    width, rows = width if latent else d, n + identity
-    experts = ExpertsSpec(
+def random_experts(
+    normal: Callable[..., Tensor], width: int, m: int, n: int,
+    *, gated=True, biases=False, activation: Activation | None = None, identity=0,
+) -> ExpertsSpec:  # fmt: skip
+    """N experts m wide at width `width`, with tensors that `normal` draws by shape."""
+    return ExpertsSpec(
         normal(n, m, width),
         normal(n, width, m),
         normal(n, m, width) if gated else None,
         normal(n, m) if gated and biases else None,
         normal(n, m) if biases else None,
         normal(n, width) if biases else None,
-        Activation("silu" if gated else "relu_squared"),
+        activation or Activation(),
         identity,
+    )
+
+
+def random_block(
+    normal: Callable[..., Tensor], d: int, width: int, m: int, n: int, k: int,
+    *, latent=True, gated=True, biases=False, identity=0, **routing,
+) -> MoESpec:  # fmt: skip
+    """N experts m wide at width `width`, or at d where it is not latent, with tensors that `normal` draws by shape."""
+    width, rows = width if latent else d, n + identity
+    activation = Activation("silu" if gated else "relu_squared")
+    experts = random_experts(
+        normal, width, m, n, gated=gated, biases=biases, activation=activation, identity=identity
     )
     router = RouterSpec(normal(rows, d), k, bias=normal(rows) if biases else None, **routing)
     return MoESpec(router, experts, LatentSpec(normal(width, d), normal(d, width)) if latent else None)

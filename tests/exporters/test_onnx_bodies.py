@@ -9,6 +9,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from random_blocks import random_experts
 
 from latentize.activations import FUNCTIONS, Activation
 from latentize.errors import LatentizeError
@@ -47,11 +48,7 @@ def make_experts(*, gated: bool = True, biases: bool = False, activation: Activa
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.6
 
-    return ExpertsSpec(
-        up=draw(N, M, L), down=draw(N, L, M), gate=draw(N, M, L) if gated else None,
-        gate_bias=draw(N, M) if gated and biases else None, up_bias=draw(N, M) if biases else None,
-        down_bias=draw(N, L) if biases else None, activation=activation or Activation(),
-    )  # fmt: skip
+    return random_experts(draw, L, M, N, gated=gated, biases=biases, activation=activation)
 
 
 def make_routing(tokens: int, *, signed: bool = False, missing: bool = False) -> Routing:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_blocks import random_experts
 
 from latentize.activations import FUNCTIONS, Activation
 from latentize.errors import LatentizeError
@@ -55,11 +56,7 @@ def make_experts(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.6
 
-    return ExpertsSpec(
-        up=draw(N, m, latent), down=draw(N, latent, m), gate=draw(N, m, latent) if gated else None,
-        gate_bias=draw(N, m) if gated and biases else None, up_bias=draw(N, m) if biases else None,
-        down_bias=draw(N, latent) if biases else None, activation=activation or Activation(),
-    )  # fmt: skip
+    return random_experts(draw, latent, m, N, gated=gated, biases=biases, activation=activation)
 
 
 def make_routing(tokens: int, *, missing: bool = False) -> Routing:

@@ -73,7 +73,7 @@ def worker(student: Lm | None = None) -> Worker:
 def test_a_twin_shares_parameters_and_nothing_else():
     first = worker()
     first.student.register_buffer("counter", torch.zeros(3))
-    twin = first.twin(BATCH)
+    twin = first.twin()
     for mine, its in ((first.student, twin.student), (first.teacher, twin.teacher)):
         assert all(a is b for a, b in zip(mine.parameters(), its.parameters(), strict=True))
         assert not set(map(id, mine.modules())) & set(map(id, its.modules()))
