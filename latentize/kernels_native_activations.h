@@ -13,22 +13,24 @@ enum Name { SILU, GELU, GELU_TANH, RELU, RELU_SQUARED, SIGMOID, TANH, LEAKY_RELU
 struct Activation {
   int32_t name;
   double alpha, gate_min, gate_max, up_min, up_max, up_offset;  // absent bounds are -inf, inf
+  bool bare() const {
+    return std::min(gate_max, up_max) == INFINITY && std::max(gate_min, up_min) == -INFINITY && up_offset == 0;
+  }
 };
 
 INLINE Vec<float> exponential(Vec<float> x) {
-  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by the Taylor polynomial of degree 7 (remainder 6e-9).
+  // exp(x) = 2^n exp(r), |r| <= ln 2 / 2, by a polynomial of degree 6 fitted to the least relative error, 3e-9.
   using I = Simd<float>::I;
   x = x > 88.3f ? splat<float>(88.3f) : x;
   x = x < -87.3f ? splat<float>(-87.3f) : x;
   Vec<float> shifted = x * 1.44269504f + 12582912.0f;
   Vec<float> n = shifted - 12582912.0f;
   Vec<float> r = x - n * 0.693145752f - n * 1.42860677e-6f;
-  Vec<float> p = splat<float>(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
+  Vec<float> p = splat<float>(1.3814613e-3f);
+  p = p * r + 8.3687099e-3f;
+  p = p * r + 4.1668387e-2f;
+  p = p * r + 1.6666521e-1f;
+  p = p * r + 4.9999993e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   I bits = ((I)shifted << 23) + (127 << 23);
@@ -131,6 +133,27 @@ template <class S> INLINE Vec<S> inside(Vec<S> grad, Vec<S> x, double low, doubl
 template <class S> INLINE Vec<S> activate(const Activation& a, bool gated, Vec<S> g, Vec<S> u) {
   Vec<S> active = value<S>(a, clamp<S>(gated ? g : u, a.gate_min, a.gate_max));
   return gated ? active * (clamp<S>(u, a.up_min, a.up_max) + S(a.up_offset)) : active;
+}
+
+template <class S, int name> void activate_bare(double alpha, bool gated, const S* g, const S* u, S* to, int64_t count) {
+  const Activation known{name, alpha, 0, 0, 0, 0, 0};
+  for (int64_t i = 0; i < count; i += lanes<S>) {
+    const Vec<S> active = value<S>(known, load((gated ? g : u) + i));
+    store<S>(to + i, gated ? active * load(u + i) : active);
+  }
+}
+// `activate` on `count` elements, a multiple of the lanes. The common functions, which need neither bounds nor offset, have
+// loops of their own: looking all that up for every vector takes longer than the function.
+template <class S> void activate_all(const Activation& a, bool gated, const S* g, const S* u, S* to, int64_t count) {
+  switch (a.bare() ? a.name : -1) {
+    case SILU: return activate_bare<S, SILU>(a.alpha, gated, g, u, to, count);
+    case GELU: return activate_bare<S, GELU>(a.alpha, gated, g, u, to, count);
+    case GELU_TANH: return activate_bare<S, GELU_TANH>(a.alpha, gated, g, u, to, count);
+    case RELU: return activate_bare<S, RELU>(a.alpha, gated, g, u, to, count);
+    case RELU_SQUARED: return activate_bare<S, RELU_SQUARED>(a.alpha, gated, g, u, to, count);
+  }
+  for (int64_t i = 0; i < count; i += lanes<S>)
+    store<S>(to + i, activate<S>(a, gated, gated ? load(g + i) : Vec<S>{}, load(u + i)));
 }
 
 // In: pre-activations g, u and grad of the hidden activation. Out: their gradients in g, u; the activation.

@@ -91,9 +91,13 @@ template <class S> struct BlockSizes {
   int64_t total() const { return x + h + y + rows + gate; }
 };
 
+// Adds one value to `count` elements, a multiple of the lanes.
+template <class S> INLINE void add_to(S value, S* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += lanes<S>) store<S>(to + i, load(to + i) + value);
+}
+
 template <class S, class W>
 void many(const Call<W>& c, int64_t e, const int64_t* pair, int64_t count, S* memory, S* out, int64_t ld) {
-  constexpr int n = lanes<S>;
   BlockSizes<S> size(c.width, c.inner);
   S *x = memory, *h = x + size.x, *y = h + size.h, *rows = y + size.y, *g = rows + size.rows, *u = g + MR * PANEL<S>;
   const int64_t cols = padded<S>(count), ldr = padded<S>(c.width);
@@ -113,12 +117,10 @@ void many(const Call<W>& c, int64_t e, const int64_t* pair, int64_t count, S* me
       matmul<S>(mr, cols, c.width, a, c.width, 1, x, PANEL<S>, g, PANEL<S>, false);
     }
     for (int64_t r = 0; r < mr; ++r) {
-      S bu = c.up_bias ? widen(c.up_bias[at + r]) : S(0), bg = c.gate_bias ? widen(c.gate_bias[at + r]) : S(0);
-      for (int64_t t = 0; t < cols; t += n) {
-        Vec<S> gv = c.gate ? load(g + r * PANEL<S> + t) + bg : Vec<S>{};
-        store<S>(h + (j + r) * PANEL<S> + t,
-                 activate<S>(c.activation, c.gate != nullptr, gv, load(u + r * PANEL<S> + t) + bu));
-      }
+      S *const ur = u + r * PANEL<S>, *const gr = g + r * PANEL<S>;
+      if (c.up_bias) add_to<S>(widen(c.up_bias[at + r]), ur, cols);
+      if (c.gate_bias) add_to<S>(widen(c.gate_bias[at + r]), gr, cols);
+      activate_all<S>(c.activation, c.gate != nullptr, gr, ur, h + (j + r) * PANEL<S>, cols);
     }
   }
   for (int64_t i = 0; i < c.width; i += MR) {
@@ -126,9 +128,7 @@ void many(const Call<W>& c, int64_t e, const int64_t* pair, int64_t count, S* me
     const S* a = rows_of<S>(c.down + at * c.inner, mr, c.inner, rows);
     matmul<S>(mr, cols, c.inner, a, c.inner, 1, h, PANEL<S>, y + i * PANEL<S>, PANEL<S>, false);
     if (c.down_bias)
-      for (int64_t r = 0; r < mr; ++r)
-        for (int64_t t = 0; t < cols; t += n)
-          store<S>(y + (i + r) * PANEL<S> + t, load(y + (i + r) * PANEL<S> + t) + widen(c.down_bias[at + r]));
+      for (int64_t r = 0; r < mr; ++r) add_to<S>(widen(c.down_bias[at + r]), y + (i + r) * PANEL<S>, cols);
   }
   transpose_to<S>(y, PANEL<S>, c.width, count, rows, ldr);
   for (int64_t t = 0; t < count; ++t) copy_row<S>(rows + t * ldr, c.width, scale[t], out + pair[t] * ld);

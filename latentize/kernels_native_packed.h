@@ -31,6 +31,7 @@ template <class S, class W> struct Panels {
   int64_t expert_size() const {
     return whole_panels<S>(inner) * up_size() * (1 + gated) + whole_panels<S>(width) * down_size();
   }
+  int64_t row_bytes() const { return up_size() * (1 + gated) * sizeof(W); }  // of the panels of the same rows
   const W* up(int64_t expert, int64_t panel) const { return data + expert * expert_size() + panel * up_size() * (1 + gated); }
   const W* gate(int64_t expert, int64_t panel) const { return up(expert, panel) + up_size(); }
   const W* down(int64_t expert, int64_t panel) const {
@@ -57,14 +58,20 @@ template <class S, class W> void pack(const Panels<S, W>& as, int64_t n, const W
   }
 }
 
+// What a call of panel_times reads ahead: one address for every step, `pace` bytes after the last.
+struct Stream {
+  const char* at;
+  int64_t pace;
+};
+
 // out[i] = the rows of panel b [k][ROWS] times vector x[i].
-template <class S, class W, int nt> void panel_times(int64_t k, const S* const* x, const W* b, S (*out)[ROWS<S>]) {
+template <class S, class W, int nt>
+void panel_times(int64_t k, const S* const* x, const W* b, S (*out)[ROWS<S>], Stream ahead) {
   constexpr int n = lanes<S>, steps = nt == 1 ? 4 : nt == 2 ? 2 : 1;
   Vec<S> acc[steps][nt][2] = {};
   const auto step = [&](int64_t p, int s) __attribute__((always_inline)) {
-    const W* at = b + p * ROWS<S>;
-    __builtin_prefetch(reinterpret_cast<const char*>(at) + FURTHER, 0, 3);
-    const Vec<S> first = load(at), second = load(at + n);
+    __builtin_prefetch(ahead.at + p * ahead.pace, 0, 3);
+    const Vec<S> first = load(b + p * ROWS<S>), second = load(b + p * ROWS<S> + n);
 #pragma GCC unroll 8
     for (int i = 0; i < nt; ++i) {
       const S value = x[i][p];
@@ -88,31 +95,44 @@ template <class S, class W, int nt> void panel_times(int64_t k, const S* const* 
 }
 
 template <class S, class W>
-INLINE void panel_times(int64_t nt, int64_t k, const S* const* x, const W* b, S (*out)[ROWS<S>]) {
+INLINE void panel_times(int64_t nt, int64_t k, const S* const* x, const W* b, S (*out)[ROWS<S>], Stream ahead) {
   switch (nt) {
-    case 1: return panel_times<S, W, 1>(k, x, b, out);
-    case 2: return panel_times<S, W, 2>(k, x, b, out);
-    case 3: return panel_times<S, W, 3>(k, x, b, out);
-    case 4: return panel_times<S, W, 4>(k, x, b, out);
-    case 5: return panel_times<S, W, 5>(k, x, b, out);
-    case 6: return panel_times<S, W, 6>(k, x, b, out);
+    case 1: return panel_times<S, W, 1>(k, x, b, out, ahead);
+    case 2: return panel_times<S, W, 2>(k, x, b, out, ahead);
+    case 3: return panel_times<S, W, 3>(k, x, b, out, ahead);
+    case 4: return panel_times<S, W, 4>(k, x, b, out, ahead);
+    case 5: return panel_times<S, W, 5>(k, x, b, out, ahead);
+    case 6: return panel_times<S, W, 6>(k, x, b, out, ahead);
 #if defined(__AVX512F__)
-    case 7: return panel_times<S, W, 7>(k, x, b, out);
-    default: return panel_times<S, W, 8>(k, x, b, out);
+    case 7: return panel_times<S, W, 7>(k, x, b, out, ahead);
+    default: return panel_times<S, W, 8>(k, x, b, out, ahead);
 #endif
   }
 }
 
-// Calls f(first, number) for `count` tokens in as few groups of TOKENS at most as there can be, of much the same size.
-template <class F> INLINE void in_even_groups(int64_t count, const F& f) {
+// out[t] = panel b [k][ROWS] times x[t] for `count` tokens, in as few groups of TOKENS at most as there can be, of much the
+// same size. Several groups share out among them the reading of what lies `next` bytes on, which one is too quick for.
+template <class S, class W>
+void panel_times_all(int64_t count, int64_t k, const S* const* x, const W* b, S (*out)[ROWS<S>], int64_t next) {
+  constexpr int64_t wide = ROWS<S> * sizeof(W);
   const int64_t groups = (count + TOKENS - 1) / TOKENS;
-  for (int64_t g = 0; g < groups; ++g) f(g * count / groups, (g + 1) * count / groups - g * count / groups);
+  const char* panel = reinterpret_cast<const char*>(b);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t t = g * count / groups, nt = (g + 1) * count / groups - t;
+    const Stream ahead = groups == 1 ? Stream{panel + FURTHER, wide}
+                                     : Stream{panel + next + g * k * wide / groups, (wide + groups - 1) / groups};
+    panel_times<S, W>(nt, k, x + t, b, out + t, ahead);
+  }
 }
 
-// Bias of rows [row, row + lanes) of `rows`, zero where there is none.
-template <class S, class W> INLINE Vec<S> bias_of(const W* bias, int64_t row, int64_t rows) {
-  if (!bias || row >= rows) return Vec<S>{};
-  return rows - row >= lanes<S> ? load(bias + row) : load_tail<S>(bias + row, int(rows - row));
+// Adds the bias of rows [row, row + ROWS) of `rows` to `count` tokens; past the last row it is zero.
+template <class S, class W> void add_bias(const W* bias, int64_t row, int64_t rows, S (*to)[ROWS<S>], int64_t count) {
+  for (int v = 0; v < 2; ++v) {
+    const int64_t at = row + v * lanes<S>, left = rows - at;
+    if (left <= 0) return;
+    const Vec<S> value = left >= lanes<S> ? load(bias + at) : load_tail<S>(bias + at, int(left));
+    for (int64_t t = 0; t < count; ++t) store<S>(to[t] + v * lanes<S>, load(to[t] + v * lanes<S>) + value);
+  }
 }
 
 // The experts that were hit, each with up to CHUNK tokens. Where threads outnumber them, their panels are cut.
@@ -143,24 +163,16 @@ template <class S, class W> struct InPanels {
     }
     const int64_t m = call.inner;
     const auto [begin, end] = cut_of(whole_panels<S>(m), cut);
+    S u[CHUNK][ROWS<S>], g[CHUNK][ROWS<S>];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i * ROWS<S>;
-      Vec<S> bu[2], bg[2];
-      for (int v = 0; v < 2; ++v) {
-        bu[v] = bias_of<S>(call.up_bias ? call.up_bias + w.expert * m : nullptr, row + v * lanes<S>, m);
-        bg[v] = bias_of<S>(call.gate_bias ? call.gate_bias + w.expert * m : nullptr, row + v * lanes<S>, m);
-      }
-      in_even_groups(w.count, [&](int64_t t, int64_t nt) {
-        S u[TOKENS][ROWS<S>], g[TOKENS][ROWS<S>];
-        panel_times<S, W>(nt, call.width, x + t, panels.up(w.expert, i), u);
-        if (call.gate) panel_times<S, W>(nt, call.width, x + t, panels.gate(w.expert, i), g);
-        for (int64_t r = 0; r < nt; ++r)
-          for (int v = 0; v < 2; ++v) {
-            const Vec<S> gv = call.gate ? load(g[r] + v * lanes<S>) + bg[v] : Vec<S>{};
-            store<S>(to + (t + r) * ldh + row + v * lanes<S>,
-                     activate<S>(call.activation, call.gate != nullptr, gv, load(u[r] + v * lanes<S>) + bu[v]));
-          }
-      });
+      panel_times_all<S, W>(w.count, call.width, x, panels.up(w.expert, i), u, panels.row_bytes());
+      if (call.up_bias) add_bias<S>(call.up_bias + w.expert * m, row, m, u, w.count);
+      if (call.gate) panel_times_all<S, W>(w.count, call.width, x, panels.gate(w.expert, i), g, panels.row_bytes());
+      if (call.gate_bias) add_bias<S>(call.gate_bias + w.expert * m, row, m, g, w.count);
+      activate_all<S>(call.activation, call.gate != nullptr, g[0], u[0], u[0], w.count * ROWS<S>);
+      for (int64_t t = 0; t < w.count; ++t)
+        for (int v = 0; v < 2; ++v) store<S>(to + t * ldh + row + v * lanes<S>, load(u[t] + v * lanes<S>));
     }
   }
   void down(int64_t item, int64_t cut, const S* from) const {
@@ -169,21 +181,16 @@ template <class S, class W> struct InPanels {
     for (int64_t t = 0; t < w.count; ++t) x[t] = from + t * ldh;
     const int64_t l = call.width;
     const auto [begin, end] = cut_of(whole_panels<S>(l), cut);
+    S o[CHUNK][ROWS<S>];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i * ROWS<S>;
-      Vec<S> bias[2];
-      for (int v = 0; v < 2; ++v)
-        bias[v] = bias_of<S>(call.down_bias ? call.down_bias + w.expert * l : nullptr, row + v * lanes<S>, l);
-      in_even_groups(w.count, [&](int64_t t, int64_t nt) {
-        S o[TOKENS][ROWS<S>];
-        panel_times<S, W>(nt, call.inner, x + t, panels.down(w.expert, i), o);
-        for (int64_t r = 0; r < nt; ++r) {
-          const int64_t p = pair[w.first + t + r];
-          const S scale = call.on_input ? S(1) : S(widen(call.weights[p]));
-          for (int v = 0; v < 2; ++v)
-            store<S>(y + p * ld + row + v * lanes<S>, scale * (load(o[r] + v * lanes<S>) + bias[v]));
-        }
-      });
+      panel_times_all<S, W>(w.count, call.inner, x, panels.down(w.expert, i), o, panels.down_size() * sizeof(W));
+      if (call.down_bias) add_bias<S>(call.down_bias + w.expert * l, row, l, o, w.count);
+      for (int64_t t = 0; t < w.count; ++t) {
+        const int64_t p = pair[w.first + t];
+        const S scale = call.on_input ? S(1) : S(widen(call.weights[p]));
+        for (int v = 0; v < 2; ++v) store<S>(y + p * ld + row + v * lanes<S>, scale * load(o[t] + v * lanes<S>));
+      }
     }
   }
   // By all threads of a region, each with its own memory `mine`: hidden activations, copies of tokens.
@@ -197,7 +204,8 @@ template <class S, class W> struct InPanels {
 
 // As `forward`, with the weights of the experts in `panels` too.
 template <class S, class W, class T> int forward_packed(const Call<W>& c, const Panels<S, W>& panels, W* out, const T& team) {
-  const int64_t pairs = c.tokens * c.k, ld = whole_panels<S>(c.width) * ROWS<S>, ldh = whole_panels<S>(c.inner) * ROWS<S>;
+  const int64_t pairs = c.tokens * c.k, ld = whole_panels<S>(c.width) * ROWS<S>;
+  const int64_t ldh = (whole_panels<S>(c.inner) + 1) * ROWS<S>;  // seldom a power of two, at which rows share cache sets
   const int threads = worth(pairs * c.width * c.inner * (c.gate ? 3 : 2), team.count);
   const int64_t most = std::min(pairs, c.experts) + pairs / CHUNK + 1;
   const size_t ints = (c.experts + 2 + pairs) * sizeof(int64_t) + most * sizeof(Work), head = (ints + 63) / 64 * 64;
