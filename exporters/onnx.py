@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from latentize import __version__
 from latentize.errors import LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import capture, example_for_export, exporting, quiet
 from latentize.exporters.onnx_bodies import check_form
+from latentize.exporters.onnx_costs import FormChoice, tokens_in_flight
 from latentize.exporters.onnx_nodes import MAX_OPSET, MIN_OPSET
+from latentize.exporters.tensorrt_profiles import Profile, fixed_problem
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -25,20 +28,31 @@ DEFAULT_OPSET = 20
 #: Weights beyond this many bytes go to a second file next to the model: one ONNX file holds less than 2 GiB.
 EXTERNAL_ABOVE = 3 << 29
 
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """One exported file. `forms` has the body form of each `latentize::LatentExperts` node, by module path."""
+    """One exported file.
+
+    `choices` has the body form of each `latentize::LatentExperts` node. `problem` says how a profile asks for what the
+    graph cannot take, where the form was chosen for it nevertheless; "" where none does.
+    """
 
     path: Path
     data_path: Path | None
     opset: int
-    forms: Mapping[str, str]
+    choices: tuple[FormChoice, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     bytes: int
+    problem: str = ""
+
+    @property
+    def forms(self) -> Mapping[str, str]:
+        """The body form of each `latentize::LatentExperts` node, by module path."""
+        return {choice.block: choice.form for choice in self.choices}
 
 
 def export_onnx(
@@ -48,6 +62,7 @@ def export_onnx(
     path: Path,
     *,
     form: str = "auto",
+    profiles: Sequence[Profile] = (),
     metadata: Mapping[str, str] | None = None,
     opset: int = DEFAULT_OPSET,
     external_above: int = EXTERNAL_ABOVE,
@@ -61,6 +76,7 @@ def export_onnx(
         form: how the experts' bodies order their work: "auto" (see `onnx_experts.choose_form`), one of
             `onnx_bodies.FORMS`, or several as "few+many" or "few+some+many", by the number of selected experts in the
             batch.
+        profiles: what the graph will be used for; "auto" takes what is fast there, and any number of tokens works.
         metadata: strings to keep in the file (recipe, evidence).
         opset: version of the standard operators.
 
@@ -80,14 +96,19 @@ def export_onnx(
     from latentize.exporters.onnx_file import write_model
 
     _fix_sizes(program.model)
-    forms = attach_bodies(program.model, form, opset)
+    choices = attach_bodies(program.model, form, opset, tokens_in_flight(profiles))
+    for choice in choices:
+        _log.info("%s: %s", choice.block, choice.describe())
+    forms = {choice.block: choice.form for choice in choices}
     program.model.metadata_props.update({"latentize.version": __version__, "latentize.forms": json.dumps(forms)})
+    if profiles:
+        program.model.metadata_props["latentize.profiles"] = " ".join(map(str, profiles))
     program.model.metadata_props.update(metadata or {})
     data_path = write_model(program.model, path, external_above)
     graph = program.model.graph
     names = tuple(v.name or "" for v in graph.inputs), tuple(v.name or "" for v in graph.outputs)
     total = sum(p.stat().st_size for p in (path, data_path) if p is not None)
-    return OnnxExport(path, data_path, opset, forms, *names, total)
+    return OnnxExport(path, data_path, opset, choices, *names, total, _contradiction(program.model, profiles))
 
 
 def _require(*packages: str) -> None:
@@ -136,6 +157,19 @@ def _fix_sizes(model: ir.Model) -> None:
         if value.shape is not None:
             sizes = (size.value if isinstance(size, ir.SymbolicDim) else size for size in value.shape)
             value.shape = ir.Shape([int(s) if isinstance(s, str) and s.isdecimal() else s for s in sizes])
+
+
+def _contradiction(model: ir.Model, profiles: Sequence[Profile]) -> str:
+    """How a profile asks for sizes that the graph cannot take; "" where none does."""
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        assert value.dtype is not None
+        shape = [size if isinstance(size, int) else -1 for size in value.shape]
+        for profile in profiles:
+            problem = fixed_problem(value.name or "", shape, value.dtype.is_floating_point(), profile)
+            if problem:
+                return problem
+    return ""
 
 
 def _explain(error: BaseException, captured: torch.export.ExportedProgram) -> str:

@@ -14,8 +14,9 @@ from itertools import pairwise, permutations
 from types import MappingProxyType
 
 from latentize.exporters.onnx_forms import NodeConfig
+from latentize.exporters.tensorrt_profiles import Profile
 
-#: Numbers of tokens that forms are chosen for.
+#: Numbers of tokens that forms are chosen for where nothing is said about them.
 TOKENS = tuple(1 << power for power in range(11))
 #: Nanoseconds of a choice between two forms, in the graph.
 CHOICE = 8_000
@@ -50,6 +51,58 @@ PRICES: Mapping[str, Prices] = MappingProxyType(
         "loop": Prices(80_000, 0, 13_500, 0.328, 452, 0.0763, 0),
     }
 )
+
+
+@dataclass(frozen=True)
+class FormChoice:
+    """The body form of the node in module `block`: one form, or several by the number of tokens as "few+many".
+
+    `limits` has up to how many tokens each of them but the last is taken; None where that is always. `tokens` are the
+    numbers of tokens in flight that the form was chosen for: none where it was given.
+    """
+
+    block: str
+    form: str
+    limits: tuple[int | None, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, block: str, form: str, config: NodeConfig, tokens: tuple[int, ...]) -> FormChoice:
+        """What a body of this form does for a node with this config."""
+        limits = tuple(last_tokens(config, few, many) for few, many in pairwise(form.split("+")))
+        return cls(block, form, limits, tokens)
+
+    def describe(self) -> str:
+        """In words, without the block, e.g. "gather up to 3 tokens, then moe; chosen for 1 to 4 tokens in flight"."""
+        *earlier, last = self.form.split("+")
+        limits = ["at any number" if limit is None else f"up to {_tokens(limit)}" for limit in self.limits]
+        parts = [f"{form} {limit}" for form, limit in zip(earlier, limits, strict=True)]
+        taken = ", ".join([*parts, f"then {last}" if parts else last])
+        return f"{taken}; {f'chosen for {_spelt(self.tokens)} in flight' if self.tokens else 'as asked for'}"
+
+
+def _spelt(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return _tokens(low) if low == high else f"{low:,} to {_tokens(high)}"
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'s'[: count != 1]}"
+
+
+def tokens_in_flight(profiles: Sequence[Profile]) -> tuple[int, ...]:
+    """The numbers of tokens that a graph is used for, in order: those of its profiles' whole batches.
+
+    They are the smallest, usual and largest of each profile, and the powers of two in between, since it takes these
+    too; without profiles `TOKENS`.
+    """
+    if not profiles:
+        return TOKENS
+    found: set[int] = set()
+    for low, usual, high in (profile.in_flight for profile in profiles):
+        between = (1 << power for power in range(low.bit_length(), high.bit_length()))
+        found |= {low, usual, high, *between}
+    return tuple(sorted(found))
 
 
 def amounts(form: str, config: NodeConfig, tokens: int) -> tuple[float, ...]:
@@ -97,20 +150,22 @@ def taken(config: NodeConfig, forms: Sequence[str], tokens: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def cheapest(config: NodeConfig, forms: tuple[str, ...]) -> tuple[str, ...]:
-    """Up to three of `forms`, for few, some and many tokens, that stay closest to the best of all over `TOKENS`.
+def cheapest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS) -> tuple[str, ...]:
+    """Up to three of `forms`, for few, some and many tokens, that stay closest to the best of all over `tokens`.
 
-    Copies of the weights of every pair, "gather", are never the form for many: their memory grows with the tokens.
+    Where several do equally well there, they are judged over `TOKENS`: other numbers may come too. Copies of the
+    weights of every pair, "gather", are never the form for many: their memory grows with the tokens.
     """
-    best = {tokens: min(cost(form, config, tokens) for form in forms) for tokens in TOKENS}
+    best = {count: min(cost(form, config, count) for form in forms) for count in {*tokens, *TOKENS}}
 
-    def worst(chosen: tuple[str, ...]) -> float:
-        def taking(tokens: int) -> float:
-            place = taken(config, chosen, tokens)
+    def worst(chosen: tuple[str, ...], counts: tuple[int, ...]) -> float:
+        def taking(count: int) -> float:
+            place = taken(config, chosen, count)
             choices = min(place + 1, len(chosen) - 1)
-            return cost(chosen[place], config, tokens) + choices * CHOICE
+            return cost(chosen[place], config, count) + choices * CHOICE
 
-        return max(taking(tokens) / best[tokens] for tokens in TOKENS) + _WORTH * len(chosen)
+        return max(taking(count) / best[count] for count in counts) + _WORTH * len(chosen)
 
     several = (chosen for size in range(1, _MOST + 1) for chosen in permutations(forms, size))
-    return min((chosen for chosen in several if chosen[-1] != "gather"), key=worst)
+    safe = (chosen for chosen in several if chosen[-1] != "gather")
+    return min(safe, key=lambda chosen: (worst(chosen, tokens), worst(chosen, TOKENS)))

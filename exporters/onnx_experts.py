@@ -11,7 +11,7 @@ import torch
 from latentize import ops as _ops  # noqa: F401 - defines torch.ops.latentize.latent_experts
 from latentize.activations import Activation
 from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body
-from latentize.exporters.onnx_costs import cheapest
+from latentize.exporters.onnx_costs import TOKENS, FormChoice, cheapest
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal
 
@@ -69,11 +69,17 @@ def _operator() -> Any:
     )  # fmt: skip
 
 
-def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
+def attach_bodies(model: ir.Model, form: str, opset: int, tokens: tuple[int, ...] = TOKENS) -> tuple[FormChoice, ...]:
     """Give every `latentize::LatentExperts` node of `model` a body; nodes with equal configs share one.
 
+    Args:
+        model: changed in place.
+        form: "auto" chooses what is fast at `tokens`.
+        opset: version of the standard operators.
+        tokens: numbers of tokens in flight; the bodies are right for any other too.
+
     Returns:
-        the form of each node's body, by the node's place in the model.
+        the form of each node's body, in the order of the nodes.
 
     Raises:
         LatentizeError: the form cannot express a node's experts exactly.
@@ -82,7 +88,7 @@ def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
 
     nodes = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
     configs = [node_config(node) for node in nodes]
-    chosen = {config: choose_form(config, configs) if form == "auto" else form for config in configs}
+    chosen = {config: choose_form(config, configs, tokens) if form == "auto" else form for config in configs}
     for number, (config, name) in enumerate(chosen.items()):
         body = ir.from_proto(build_body(name, config, opset, _overload(name, number)))
         assert isinstance(body, ir.Function)
@@ -91,15 +97,16 @@ def attach_bodies(model: ir.Model, form: str, opset: int) -> dict[str, str]:
     overloads = {config: _overload(name, number) for number, (config, name) in enumerate(chosen.items())}
     for node, config in zip(nodes, configs, strict=True):
         node.overload = overloads[config]
-    return {place(node): chosen[config] for node, config in zip(nodes, configs, strict=True)}
+    counts = tokens if form == "auto" else ()
+    return tuple(FormChoice.of(place(n), chosen[c], c, counts) for n, c in zip(nodes, configs, strict=True))
 
 
 def _overload(form: str, number: int) -> str:
     return f"{form.replace('+', '_or_')}_{number}"
 
 
-def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
-    """The form, or forms by the number of tokens, that cost least on CPU, for one node of a graph that holds `every`.
+def choose_form(config: NodeConfig, every: Sequence[NodeConfig], tokens: tuple[int, ...] = TOKENS) -> str:
+    """The form, or forms by the number of tokens, that cost least on CPU at `tokens`, for a node of a graph of `every`.
 
     What they cost is in `onnx_costs`. Forms with nodes of their own for each expert take time to load and hold a second
     copy of the weights: they count only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph, and dense
@@ -111,7 +118,7 @@ def choose_form(config: NodeConfig, every: Sequence[NodeConfig]) -> str:
         forms += ["dense"]
         if sum(c.num_experts for c in every) <= UNROLLED_EXPERTS:
             forms += ["batched", "unrolled"]
-    return "+".join(cheapest(config, tuple(forms)))
+    return "+".join(cheapest(config, tuple(forms), tokens))
 
 
 def node_config(node: ir.Node) -> NodeConfig:

@@ -112,7 +112,7 @@ def build(
     _check_memory(path)
     with disk_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
         work = Path(folder)
-        tokens = max(p.batch[1] * p.tokens[1] for p in profiles)
+        tokens = max(p.in_flight[1] for p in profiles)
         dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)
         request = {
             "library": library, "plugin": experts == "plugin", "quick": problems, "tokens": tokens,

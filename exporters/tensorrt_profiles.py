@@ -1,4 +1,4 @@
-"""Optimisation profiles: which batches and numbers of tokens an engine takes, and which it is tuned for."""
+"""Profiles: which batches and numbers of tokens a graph or an engine is for, and which of them is usual."""
 
 from __future__ import annotations
 
@@ -54,6 +54,12 @@ class Profile:
                     f"{where}: {name} {low}:{usual}:{high} is not in order: expected 1 <= smallest <= usual <= largest"
                 )
         return self
+
+    @property
+    def in_flight(self) -> Range:
+        """Smallest, usual and largest number of tokens of a whole batch."""
+        low, usual, high = (batch * tokens for batch, tokens in zip(self.batch, self.tokens, strict=True))
+        return low, usual, high
 
     def within(self, other: Profile) -> bool:
         """Whether everything that it takes is taken by the other one too."""

@@ -78,6 +78,15 @@ def _budget(_ctx: click.Context, _param: click.Parameter, text: str | None) -> d
     return {name.strip(): value.strip()}
 
 
+def _profiles(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    """Each BATCHxTOKENS as the recipe's fields."""
+    if not texts:
+        return None
+    from latentize.exporters.tensorrt_profiles import Profile
+
+    return [vars(Profile.parse(text)) for text in texts]
+
+
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every command has."""
     options = [
@@ -131,6 +140,15 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     default="auto",
     metavar="FORM",
     help="How the experts' graph orders its work: auto, loop, unrolled, batched, dense, gather, moe, or few+some+many.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    callback=_profiles,
+    metavar="BATCHxTOKENS",
+    help="What exports are made for, each a number or smallest:usual:largest: 1:1:4x1 decodes, 1x256:1024:4096 "
+    "prefills. The graph's experts are ordered for so many tokens, and engines take these; may be given several times.",
 )
 @click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), help="YAML file of recipe fields.")
 @click.option("--seed", type=int, help="Seed of everything random. [default: 0]")

@@ -54,7 +54,7 @@ Sizes = Annotated[tuple[int, int, int], BeforeValidator(_three)]
 
 
 class EngineProfile(BaseModel):
-    """What an engine takes: smallest, usual and largest batch and number of tokens; one number is all three."""
+    """What a graph or an engine is used for: smallest, usual and largest batch and tokens; one number is all three."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -78,7 +78,8 @@ class Recipe(BaseModel):
     and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
     `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
-    the original's. `profiles` are what TensorRT engines take; none for the usual one.
+    the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
+    usual ones.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -200,14 +201,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+#: Fields of a recipe that have fields themselves.
+_INNER: dict[str, type[BaseModel]] = {"budget": Budget, "profiles": EngineProfile}
+
+
 def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
-        inner = location[0] == "budget" and len(location) > 1
-        fields, name = list((Budget if inner else Recipe).model_fields), location[-1]
+        inner = _INNER.get(location[0]) if len(location) > 1 else None
+        fields, name = list((inner or Recipe).model_fields), location[-1]
         close = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
-        what = f"field {name!r} of budget" if inner else f"field {name!r}"
+        what = f"field {name!r} of {location[0]}" if inner else f"field {name!r}"
         return f"recipe: unknown {what}; did you mean {close[0]!r}? Fields: {', '.join(fields)}"
     name = ".".join(location)
     message = problem["msg"].removeprefix("Value error, ")

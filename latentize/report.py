@@ -25,6 +25,7 @@ from latentize.blocks import Block, Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
 from latentize.comparison import Comparison
 from latentize.errors import LatentizeError, ResourceError
+from latentize.exporters.onnx_costs import FormChoice
 from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
 from latentize.load_balance import ExpertLoad
@@ -222,6 +223,7 @@ class Report:
     engines: tuple[Engine, ...] = ()
     libraries: tuple[Library, ...] = ()
     comparison: Comparison | None = None
+    forms: tuple[FormChoice, ...] = ()
 
     @property
     def rewritten(self) -> tuple[BlockRecord, ...]:

@@ -20,6 +20,7 @@ from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
+from latentize.exporters.onnx_costs import FormChoice
 from latentize.exporters.tensorrt import Engine
 from latentize.heal import HealPlan
 from latentize.heal_job import split_batches
@@ -74,6 +75,7 @@ class Job:
     steps: Steps
     console: Console
     warnings: list[str] = field(default_factory=list)
+    forms: list[FormChoice] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
 
     @property

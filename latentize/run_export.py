@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def original(job: Job, folder: Path) -> Path | None:
     """The original's graph, exported before the long work: what stops it would stop the rewritten model's too.
 
-    Checkpoints that were asked for are looked at here too, as far as sizes and routing decide, and engines' profiles.
+    Checkpoints that were asked for are looked at here too, as far as sizes and routing decide, and profiles.
     """
-    if "tensorrt" in job.options.exports:
+    if job.options.graphs:
         _profiles(job)
     if job.options.checkpoints:
         from latentize.exporters import nemotron_h
@@ -39,7 +39,8 @@ def original(job: Job, folder: Path) -> Path | None:
 
     with job.steps.step("export"):
         canonical = conversion.canonical(job.source.model, job.survey.selected)
-        path = run_onnx.export_original(job.source, canonical.model, folder)
+        profiles = run_onnx.profiles_of(job.options.recipe)
+        path = run_onnx.export_original(job.source, canonical.model, folder, profiles)
         recipe, form = job.options.recipe, job.options.onnx_form
         if recipe.dtype is not None or form != "auto":
             specs = {name: conversion.in_dtype(spec, recipe) for name, spec in canonical.specs.items()}
@@ -89,9 +90,12 @@ def graphs(
         for file in graph.parent.glob(graph.name + "*"):
             shutil.copyfile(file, folder / file.name)
         form = job.options.onnx_form
-        path = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, result.blocks, folder, form)
+        made = run_onnx.export_rewritten(job.source, result.model, job.options.recipe, result.blocks, folder, form)
+        job.forms.extend(made.choices)
+        if made.problem:
+            job.warnings.append(made.problem)
         rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
-        rows += run_onnx.agreement("rewritten", path, result.model, job.source, job.warnings)
+        rows += run_onnx.agreement("rewritten", made.path, result.model, job.source, job.warnings)
     if "tensorrt" in job.options.exports:
         from latentize.exporters import tensorrt
 

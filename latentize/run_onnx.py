@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,16 @@ from torch.utils import _pytree as pytree
 
 from latentize.blocks import Block
 from latentize.errors import GateError, LatentizeError
+from latentize.exporters.tensorrt_profiles import Profile
 from latentize.inputs import Inputs, runnable_at
 from latentize.passes.double import dtype_of
 from latentize.recipe import Recipe
 from latentize.report import OnnxAgreement
 from latentize.sources import Source
 from latentize.ties import TieWatch
+
+if TYPE_CHECKING:
+    from latentize.exporters.onnx import OnnxExport
 
 ORIGINAL, REWRITTEN = "original.onnx", "model.onnx"
 #: What runs the graphs: onnxruntime by standard operators, and with latentize's own.
@@ -30,7 +34,7 @@ TOKENS = (1, 16, 256)
 _DRAWS = 8
 
 
-def export_original(source: Source, canonical: nn.Module, folder: Path) -> Path:
+def export_original(source: Source, canonical: nn.Module, folder: Path, profiles: Sequence[Profile] = ()) -> Path:
     """Export the original with its blocks in canonical form, as the graph to compare the rewritten one with.
 
     It comes first in a run: what stops it would stop the rewritten model too, after all the work.
@@ -42,7 +46,8 @@ def export_original(source: Source, canonical: nn.Module, folder: Path) -> Path:
     from latentize.exporters.onnx_check import open_session
 
     path = folder / ORIGINAL
-    export_onnx(canonical, source.args, source.kwargs, path, metadata={"latentize.model": "original"})
+    metadata = {"latentize.model": "original"}
+    export_onnx(canonical, source.args, source.kwargs, path, profiles=profiles, metadata=metadata)
     open_session(path)
     return path
 
@@ -65,8 +70,10 @@ def check_in_form(source: Source, canonical: nn.Module, form: str, folder: Path)
 
 def export_rewritten(
     source: Source, model: nn.Module, recipe: Recipe, blocks: Sequence[Block], folder: Path, form: str
-) -> Path:
+) -> OnnxExport:
     """Export the rewritten model, its experts' bodies in a form, with its recipe and evidence among the metadata.
+
+    Form "auto" goes by the recipe's profiles.
 
     Raises:
         LatentizeError: the model cannot be exported.
@@ -78,8 +85,13 @@ def export_rewritten(
         "latentize.model": "rewritten", "latentize.recipe": json.dumps(recipe.model_dump(mode="json")),
         "latentize.evidence": json.dumps({block.name: evidence(block) for block in blocks}, ensure_ascii=False),
     }  # fmt: skip
-    export_onnx(model, source.args, source.kwargs, path, form=form, metadata=metadata)
-    return path
+    profiles = profiles_of(recipe)
+    return export_onnx(model, source.args, source.kwargs, path, form=form, profiles=profiles, metadata=metadata)
+
+
+def profiles_of(recipe: Recipe) -> tuple[Profile, ...]:
+    """What exported graphs will be used for; none where the recipe does not say."""
+    return tuple(Profile.of(values) for values in recipe.model_dump()["profiles"])
 
 
 def evidence(block: Block) -> dict[str, Any]:

@@ -96,6 +96,7 @@ def write(job: Job, result: Result, prepared: Prepared, measured: Measured, fold
         warnings=tuple(dict.fromkeys(warnings)),
         files=tuple(_files(folder)),
         engines=tuple(job.engines),
+        forms=tuple(job.forms),
     )
     try:
         report.write(made, folder)
@@ -112,6 +113,7 @@ def show(console: Console, made: Report, out: Path) -> None:
     terminal.print_evaluation(console, made.evaluation, made.outputs)
     if made.latency:
         terminal.print_latency(console, made.latency)
+    terminal.print_forms(console, made.forms)
     if made.onnx:
         terminal.print_onnx(console, made.onnx)
     terminal.print_end(console, made.gates, made.warnings, made.files, str(out))

@@ -10,9 +10,13 @@ from rich.table import Table
 from latentize.bench import Latency, Timing
 from latentize.blocks import Block
 from latentize.compare import Evaluation, Gate, OutputAgreement
+from latentize.exporters.onnx_costs import FormChoice
 from latentize.load_balance import ExpertLoad
 from latentize.outlook import SHOWN, Outlook
 from latentize.report import BlockRecord, File, OnnxAgreement, Plan
+
+#: Blocks that are named where all of them share a line.
+_FEW = 3
 
 
 def consoles(*, quiet: bool) -> tuple[Console, Console | None]:
@@ -121,6 +125,16 @@ def print_latency(console: Console, rows: Sequence[Latency]) -> None:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         table.add_row(row.backend, str(row.tokens), _ms(row.original), _ms(row.rewritten), ratio, plain(row.note))
     console.print(table)
+
+
+def print_forms(console: Console, choices: Sequence[FormChoice]) -> None:
+    """How the graph's experts order their work by standard operators, and for how many tokens that was chosen."""
+    blocks: dict[str, list[str]] = {}
+    for choice in choices:
+        blocks.setdefault(choice.describe(), []).append(choice.block)
+    for words, names in blocks.items():
+        where = ", ".join(names) if len(names) <= _FEW else f"{len(names)} blocks"
+        console.print(plain(f"Graph of {where} by standard operators: {words}"))
 
 
 def print_onnx(console: Console, rows: Sequence[OnnxAgreement]) -> None:

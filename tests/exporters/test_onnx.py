@@ -21,6 +21,7 @@ onnx_ir = pytest.importorskip("onnx_ir")
 from latentize.exporters import onnx_file  # noqa: E402
 from latentize.exporters.onnx import export_onnx  # noqa: E402
 from latentize.exporters.onnx_check import check_onnx, open_session, relative_error, run_session  # noqa: E402
+from latentize.exporters.tensorrt_profiles import Profile  # noqa: E402
 from latentize.inputs import Inputs  # noqa: E402
 
 D, L, M, N, K, VOCAB = 16, 8, 12, 6, 2, 32
@@ -83,6 +84,58 @@ def test_file_holds_one_node_per_block_and_passes_the_full_checker(lm: tuple[Lm,
     assert len(file.functions) == 1
     assert {i.name for i in file.graph.initializer} >= {"blocks.0.experts.gate", "blocks.1.router.weight"}
     onnx.checker.check_model(file, full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("use", "form", "words"),
+    [
+        ("1:1:4x1", "gather+dense", "gather up to 1 token, then dense; chosen for 1 to 4 tokens in flight"),
+        ("1x256:256:512", "unrolled", "unrolled; chosen for 256 to 512 tokens in flight"),
+    ],
+)
+def test_a_profile_chooses_the_form_and_any_number_of_tokens_still_agrees(
+    use: str, form: str, words: str, tmp_path: Path
+) -> None:
+    block = LatentMoE(make_wide())
+    x = torch.zeros(2, 5, 80)
+    export = export_onnx(block, (x,), {}, tmp_path / "m.onnx", profiles=[Profile.parse(use)])
+    assert dict(export.forms) == {"experts": form}
+    assert [choice.describe() for choice in export.choices] == [words]
+    assert export.problem == ""
+    stored = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx").metadata_props}
+    assert stored["latentize.profiles"] == str(Profile.parse(use))
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(*shape, 80, generator=generator) for shape in ((1, 1), (3, 4), (1, 13), (2, 64), (1, 1000))]
+    assert check_onnx(tmp_path / "m.onnx", block, [((x,), {}) for x in drawn]).error < 2e-6
+
+
+def make_wide() -> MoESpec:
+    """Eight of 32 experts of a size at which every number of tokens has a form of its own: 80→64→64."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    experts = ExpertsSpec(draw(32, 64, 64), draw(32, 64, 64), draw(32, 64, 64))
+    return MoESpec(RouterSpec(draw(32, 80) * 4, 8, normalize="sum"), experts, LatentSpec(draw(64, 80), draw(80, 64)))
+
+
+def test_without_a_profile_nothing_changes_and_one_the_graph_cannot_take_is_said(tmp_path: Path) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = LatentMoE(make_spec())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x.view(-1, 5, D))
+
+    x = torch.zeros(2, 5, D)
+    plain = export_onnx(Fixed(), (x,), {}, tmp_path / "plain.onnx")
+    assert "latentize.profiles" not in {p.key for p in onnx.load(plain.path).metadata_props}
+    assert plain.choices[0].tokens == tuple(1 << power for power in range(11))
+    assert plain.problem == ""
+    export = export_onnx(Fixed(), (x,), {}, tmp_path / "m.onnx", profiles=[Profile.parse("1x64")])
+    assert "profile 1x64 asks for tokens 64, and axis 1 of input 'x' is always 5 in the graph" in export.problem
 
 
 def test_metadata_is_in_the_file(lm: tuple[Lm, Path]) -> None:

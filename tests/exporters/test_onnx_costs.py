@@ -6,8 +6,20 @@ import pytest
 
 from latentize.activations import Activation
 from latentize.exporters import onnx_costs
-from latentize.exporters.onnx_costs import CHOICE, PRICES, amounts, cheapest, cost, last_tokens, taken
+from latentize.exporters.onnx_costs import (
+    CHOICE,
+    PRICES,
+    TOKENS,
+    FormChoice,
+    amounts,
+    cheapest,
+    cost,
+    last_tokens,
+    taken,
+    tokens_in_flight,
+)
 from latentize.exporters.onnx_forms import NodeConfig
+from latentize.exporters.tensorrt_profiles import Profile
 
 FORMS = ("gather", "moe", "dense", "batched", "unrolled")
 
@@ -68,3 +80,70 @@ def test_only_the_forms_that_are_allowed_are_chosen() -> None:
     assert cost("gather", narrow, 1024) < cost("moe", narrow, 1024)
     assert cheapest(narrow, ("gather", "moe"))[-1] == "moe"  # copies for every pair would take too much memory
     assert set(PRICES) == {*FORMS, "loop"}
+
+
+def profiles(*texts: str) -> list[Profile]:
+    return [Profile.parse(text) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokens"),
+    [
+        ((), TOKENS),
+        (("1x1",), (1,)),
+        (("1:1:4x1",), (1, 2, 4)),
+        (("1x1:3:6",), (1, 2, 3, 4, 6)),
+        (("1:2:4x300",), (300, 512, 600, 1024, 1200)),  # batches of 300 tokens
+        (("1x1", "8x64"), (1, 512)),  # two uses, and nothing between them
+    ],
+)
+def test_tokens_in_flight_are_the_profiles_whole_batches(texts: tuple[str, ...], tokens: tuple[int, ...]) -> None:
+    assert tokens_in_flight(profiles(*texts)) == tokens
+
+
+@pytest.mark.parametrize("n, k", [(8, 2), (16, 4), (32, 8), (64, 4), (128, 8)])
+@pytest.mark.parametrize("latent, m", [(16, 32), (64, 64), (128, 512), (512, 256)])
+@pytest.mark.parametrize("use", ["1:1:4x1", "1x256:1024:4096"])
+def test_a_profile_gets_what_is_cheapest_at_its_tokens(use: str, n: int, k: int, latent: int, m: int) -> None:
+    config, tokens = make_config(n, k, latent, m), tokens_in_flight(profiles(use))
+    chosen, usual = cheapest(config, FORMS, tokens), cheapest(config, FORMS)
+    assert chosen[-1] != "gather"
+
+    def worst(forms: tuple[str, ...]) -> float:
+        times = {}
+        for count in tokens:
+            place = taken(config, forms, count)
+            times[count] = cost(forms[place], config, count) + CHOICE * min(place + 1, len(forms) - 1)
+        return max(times[count] / min(cost(form, config, count) for form in FORMS) for count in tokens)
+
+    assert worst(chosen) <= worst(usual) + 0.02 * (len(usual) - len(chosen))  # what a form more must save
+    for count in tokens:
+        mine = cost(chosen[taken(config, chosen, count)], config, count)
+        assert mine <= 1.1 * min(cost(form, config, count) for form in FORMS) + CHOICE
+
+
+def test_decoding_and_prefilling_get_bodies_of_their_own() -> None:
+    config = make_config(n=64, k=8, latent=128, m=512)
+    uses = ("1:1:4x1", "1x256:1024:4096")
+    decode, prefill = (cheapest(config, FORMS, tokens_in_flight(profiles(use))) for use in uses)
+    assert (decode, prefill) == (("batched",), ("unrolled",))
+    assert cheapest(config, FORMS) == ("batched", "unrolled")
+
+
+def test_where_several_do_equally_well_the_usual_tokens_decide() -> None:
+    """At one token copies of the weights are best, whatever comes after them."""
+    config = make_config(n=64, k=2, latent=64, m=64)
+    assert {taken(config, ("gather", form), 1) for form in ("dense", "moe")} == {0}
+    assert cost("moe", config, 64) < cost("dense", config, 64) / 2
+    assert cheapest(config, ("gather", "dense", "moe"), (1,)) == ("gather", "moe")
+
+
+def test_a_choice_is_said_in_words() -> None:
+    config = make_config(latent=512, m=512)
+    assert FormChoice.of("b", "moe", config, (1,)).describe() == "moe; chosen for 1 token in flight"
+    assert FormChoice.of("b", "moe", config, ()).describe() == "moe; as asked for"
+    two = FormChoice.of("b", "gather+moe", config, (1, 2, 4096))
+    assert two.limits == (last_tokens(config, "gather", "moe"),) == (1,)
+    assert two.describe() == "gather up to 1 token, then moe; chosen for 1 to 4,096 tokens in flight"
+    tiny = make_config(n=4, k=4, latent=16, m=16)
+    assert "dense at any number, then loop" in FormChoice.of("b", "dense+loop", tiny, ()).describe()

@@ -34,6 +34,13 @@ def test_form_follows_size_and_what_the_fused_operator_can_express(config: NodeC
     assert choose_form(config, [config]) == form
 
 
+def test_form_follows_the_tokens_that_the_graph_is_for() -> None:
+    config = make_config(activation="gelu", latent=64, m=64, n=32)
+    assert choose_form(config, [config], (1, 2, 4)) == "gather+dense"
+    assert choose_form(config, [config], (256, 1024, 4096)) == "unrolled"
+    assert choose_form(config, [config] * 48, (256, 1024, 4096)) == "loop"  # too many experts for nodes of their own
+
+
 def test_graphs_with_very_many_experts_have_no_node_per_expert() -> None:
     fused, other = make_config(n=128), make_config(n=128, activation="gelu")
     assert choose_form(fused, [fused] * 48) == "moe"

@@ -103,6 +103,18 @@ def test_a_budget_comes_from_the_command_line_or_the_recipe_file(capsys, stub, t
         assert stub.options.recipe.budget is None
 
 
+def test_profiles_of_the_command_line_win_over_those_of_the_recipe_file(capsys, stub, tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("profiles: [{batch: 2, tokens: [1, 8, 32]}]\n")
+    call(capsys, "model.py", "--recipe", file)
+    assert [(p.batch, p.tokens) for p in stub.options.recipe.profiles] == [((2, 2, 2), (1, 8, 32))]
+    call(capsys, "model.py", "--recipe", file, "--profile", "1:1:4x1", "--profile", "1x256:512:1024")
+    found = [(p.batch, p.tokens) for p in stub.options.recipe.profiles]
+    assert found == [((1, 1, 4), (1, 1, 1)), ((1, 1, 1), (256, 512, 1024))]
+    call(capsys, "model.py")
+    assert stub.options.recipe.profiles == ()
+
+
 @pytest.mark.parametrize(
     ("model", "out"),
     [
@@ -141,6 +153,10 @@ def test_the_default_output_is_named_after_the_model(model, out):
         (["plain.py", "--export", "onnx,coreml"], "--export coreml"),
         (["plain.py", "--recipe", "typo.yaml"], "did you mean 'compression'"),
         (["plain.py", "--recipe", "absent.yaml"], "absent.yaml: cannot be read"),
+        (["plain.py", "--profile", "4"], "--profile '4': expected BATCHxTOKENS"),
+        (["plain.py", "--profile", "1x0"], "--profile 1x0: tokens 0:0:0 is not in order"),
+        (["plain.py", "--profile", "4:1:1x1"], "--profile 4:1:1x1: batch 4:1:1 is not in order"),
+        (["plain.py", "--recipe", "profile.yaml"], "unknown field 'token' of profiles; did you mean 'tokens'"),
         (["plain.py", "--no-such-flag"], "No such option"),
         (["plain.py", "--max-loss", "x"], "'x' is not a valid float"),
         (["plain.py", "--max-loss", "0.1"], "--max-loss needs an evaluate"),
@@ -154,6 +170,7 @@ def test_the_default_output_is_named_after_the_model(model, out):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, plain, arguments, words):
     (plain.parent / "typo.yaml").write_text("compresion: 2\n")
+    (plain.parent / "profile.yaml").write_text("profiles: [{tokens: 1, token: 2}]\n")
     code, _, err = call(capsys, *arguments)
     last = err.strip().splitlines()[-1]
     assert code == 2, err

@@ -232,6 +232,36 @@ def test_the_form_of_the_graph_is_the_one_asked_for(net, capsys):
     assert set(json.loads(kept["latentize.forms"]).values()) == {"loop"}
 
 
+def test_the_graph_is_shaped_for_the_profile_and_agrees_at_other_lengths_too(net, capsys):
+    import onnx
+
+    arguments = ("net.py", "-o", "out", "--latent-dim", "8", "--heal", "0", "--export", "onnx")
+    code, out, err = call(capsys, *arguments, "--profile", "1:1:4x1")
+    assert code == 0, err
+    made = report.read(net / "out")
+    assert [(choice.block, choice.tokens) for choice in made.forms] == [("moe.experts", (1, 2, 4))]
+    assert f"Graph of moe.experts by standard operators: {made.forms[0].describe()}" in out
+    assert "chosen for 1 to 4 tokens in flight" in out
+    assert made.forms[0].describe() in (net / "out" / "report.html").read_text()
+    assert {row.tokens for row in made.onnx if row.passed} == {1, 16, 256}
+    assert latentize.Recipe(**made.recipe).profiles[0].batch == (1, 1, 4)
+    for graph in ("model", "original"):  # both are timed, so both are shaped alike
+        kept = {entry.key: entry.value for entry in onnx.load(net / "out" / f"{graph}.onnx").metadata_props}
+        assert kept["latentize.profiles"] == "1:1:4x1"
+
+
+def test_a_profile_longer_than_the_model_takes_is_known_before_the_long_work(net, capsys):
+    (net / "net.py").write_text(
+        MODEL + "from types import SimpleNamespace\nNet.config = SimpleNamespace(max_position_embeddings=64)\n"
+    )
+    arguments = ("net.py", "-o", "out", "--latent-dim", "8", "--export", "onnx")
+    code, _, err = call(capsys, *arguments, "--profile", "1x16:32:128")
+    assert code == 2
+    assert "profile 1x16:32:128 asks for 128 tokens, and the model takes 64 at most" in err
+    assert "statistics" not in err
+    assert not (net / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_disagreeing_graph_is_a_failed_gate(net, capsys, monkeypatch):
     from latentize.exporters import onnx_check
