@@ -52,7 +52,8 @@ class Engine:
 
     `profiles` has, for each profile, the smallest, usual and largest shape of every input. `layers` counts the layers
     of the network by their kinds, `plugins` those of them that are the project's own. `plan` has the layers that the
-    engine runs, known only where a GPU can load it. `timed_before` says that a timing cache of an earlier build served.
+    engine runs, known only where a GPU can load it. `timed_before` says that a timing cache of an earlier build served:
+    tensorrt-rtx, which measures nothing while it builds, has none. `notes` are what a user should know.
     """
 
     file: str
@@ -67,6 +68,7 @@ class Engine:
     bytes: int
     seconds: float
     timed_before: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def build(
@@ -235,6 +237,7 @@ def _build(out: Path, target: str, request: dict[str, Any], work: Path, progress
         "file": path.name, "target": target, "library": answer["library"], "profiles": profiles,
         "layers": answer["layers"], "plugins": answer["plugins"], "plan": plan, "bytes": path.stat().st_size,
         "seconds": time.perf_counter() - start, "timed_before": answer["timed_before"],
+        "notes": tuple(answer["notes"]),
     }  # fmt: skip
 
 

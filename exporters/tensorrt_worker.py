@@ -14,6 +14,7 @@ from typing import Any
 
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import Profile, fixed_problem, shapes
+from latentize.exporters.tensorrt_timing import TimingCache
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -42,17 +43,19 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     elif request["target"] == "native" and hasattr(trt, "ComputeCapability"):
         config.num_compute_capabilities = 1
         config.set_compute_capability(trt.ComputeCapability.CURRENT, 0)
-    cache = _TimingCache(trt, config, request)
+    cache = _timing_cache(trt, config, request)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         return {"error": "the builder found no implementation", "why": True}
     Path(request["engine"]).write_bytes(engine)
-    cache.keep()
+    if cache is not None:
+        cache.keep()
     kinds = [network.get_layer(i).type for i in range(network.num_layers)]
     plugins = [kind.name for kind in kinds if "PLUGIN" in kind.name]
     return {
         "profiles": profiles, "layers": dict(Counter(kind.name for kind in kinds).most_common()),
-        "plugins": len(plugins), "plan": _plan(trt, logger, engine), "timed_before": cache.served,
+        "plugins": len(plugins), "plan": _plan(trt, logger, engine), "timed_before": cache is not None and cache.served,
+        "notes": cache.notes if cache is not None else [],
         "library": f"{tensorrt_library.LIBRARIES[request['library']]} {trt.__version__}",
     }  # fmt: skip
 
@@ -118,31 +121,14 @@ def _monitor(trt: Any) -> Any:
     return Monitor()
 
 
-class _TimingCache:
-    """What the full library measured in earlier builds; tensorrt-rtx measures nothing and keeps none."""
+def _timing_cache(trt: Any, config: Any, request: dict[str, Any]) -> TimingCache | None:
+    """That of the full library, which builds on the GPU that it measures; tensorrt-rtx has none."""
+    if request["library"] != "tensorrt":
+        return None
+    import torch
 
-    def __init__(self, trt: Any, config: Any, request: dict[str, Any]) -> None:
-        self.served = False
-        self._config, self._path = config, None
-        if request["library"] != "tensorrt":
-            return
-        self._path = Path(request["cache"]) / f"tensorrt-{trt.__version__}.timing"
-        known = self._path.read_bytes() if self._path.exists() else b""
-        cache = config.create_timing_cache(known)
-        self.served = bool(known) and cache is not None
-        config.set_timing_cache(cache if cache is not None else config.create_timing_cache(b""), False)
-
-    def keep(self) -> None:
-        """Write what is known now, whole or not at all; a cache that cannot be written is done without."""
-        if self._path is None:
-            return
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self._path.with_suffix(".partial")
-            unfinished.write_bytes(self._config.get_timing_cache().serialize())
-            unfinished.replace(self._path)
-        except OSError as error:
-            print(f"the timing cache is not kept: {error}", file=sys.stderr)
+    major, minor = torch.cuda.get_device_capability()
+    return TimingCache(trt, config, Path(request["cache"]), f"{torch.cuda.get_device_name()} {major}.{minor}")
 
 
 def _plan(trt: Any, logger: Any, engine: Any) -> list[str] | None:

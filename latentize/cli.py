@@ -305,7 +305,11 @@ def build(
     out: Path, experts: Any, targets: tuple[str, ...], dtype: str | None, profiles: tuple[str, ...], verbose: int,
     quiet: bool, log_file: Path | None,
 ) -> None:  # fmt: skip
-    """Build TensorRT engines from the ONNX graph in OUT, or the library that runs its experts in onnxruntime."""
+    """Build TensorRT engines from the ONNX graph in OUT, or the library that runs its experts in onnxruntime.
+
+    What the full tensorrt measures serves later builds on the same GPU (its timing cache is kept in LATENTIZE_CACHE);
+    tensorrt-rtx measures nothing while it builds, and has no such cache.
+    """
     _start(verbose, quiet, log_file)
     from latentize import run_build
 

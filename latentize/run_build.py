@@ -110,11 +110,14 @@ def describe(engine: Engine) -> str:
         " ".join(f"{name} {'..'.join('x'.join(map(str, shape)) for shape in of)}" for name, of in one.items())
         for one in engine.profiles
     )
-    where = WHERE.get(engine.target, "this machine's GPU")
-    return (
-        f"{engine.file}: {engine.bytes:,} bytes in {engine.dtype} by {engine.library} in {engine.seconds:.1f} s, "
-        f"{sum(engine.layers.values())} layers{fused} ({kinds}, …), takes {ranges}, for {where}"
+    where, size = WHERE.get(engine.target, "this machine's GPU"), f"{engine.bytes:,} bytes in {engine.dtype}"
+    run = f", of which {len(engine.plan)} are left to run" if engine.plan else ""
+    timed = ", with the timings of an earlier build" if engine.timed_before else ""
+    line = (
+        f"{engine.file}: {size} by {engine.library} in {engine.seconds:.1f} s{timed}, "
+        f"{sum(engine.layers.values())} layers{fused} ({kinds}, …){run}, takes {ranges}, for {where}"
     )
+    return "; ".join((line, *engine.notes))
 
 
 def describe_library(made: Library, out: Path) -> str:

@@ -19,6 +19,7 @@ from latentize.outlook import Outlook
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
 from latentize.report import BlockRecord, Calibration, Environment, File, Model, Plan, Report, Stage
+from latentize.run_build import describe
 from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.spec import MoESpec
 
@@ -114,6 +115,8 @@ def show(console: Console, made: Report, out: Path) -> None:
     if made.latency:
         terminal.print_latency(console, made.latency)
     terminal.print_forms(console, made.forms)
+    for engine in made.engines:
+        console.print(terminal.plain(describe(engine)))
     if made.onnx:
         terminal.print_onnx(console, made.onnx)
     terminal.print_end(console, made.gates, made.warnings, made.files, str(out))
