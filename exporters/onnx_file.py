@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 
+#: Bytes of weights that one file holds at most, with room for the graph: it is one message of less than 2 GiB.
+INLINE = (1 << 31) - (1 << 26)
+
+
 def write_model(model: ir.Model, path: Path, external_above: int) -> Path | None:
     """Write `model` to `path`, its weights to `path` + ".data" when they exceed `external_above` bytes.
 
@@ -24,12 +28,18 @@ def write_model(model: ir.Model, path: Path, external_above: int) -> Path | None
 
     Raises:
         ResourceError: the disk is full.
-        LatentizeError: the folder cannot be written to.
+        LatentizeError: the folder cannot be written to, or `external_above` asks for more weights in one file than the
+            format holds.
     """
     import onnx_ir as ir
 
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     data_path = path.with_name(path.name + ".data") if weights > external_above else None
+    if data_path is None and weights > INLINE:
+        raise LatentizeError(
+            f"{path}: {weights / 2**30:.2f} GiB of weights do not fit into one ONNX file, which holds less than 2 GiB; "
+            f"let external_above be {INLINE} bytes or less, so that they go to {path.name}.data"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ pytest.importorskip("onnxruntime")
 onnx_ir = pytest.importorskip("onnx_ir")
 
 from latentize.exporters import onnx_file  # noqa: E402
-from latentize.exporters.onnx import export_onnx  # noqa: E402
+from latentize.exporters.onnx import EXTERNAL_ABOVE, export_onnx  # noqa: E402
 from latentize.exporters.onnx_check import check_onnx, open_session, relative_error, run_session  # noqa: E402
 from latentize.exporters.tensorrt_profiles import Profile  # noqa: E402
 from latentize.inputs import Inputs  # noqa: E402
@@ -170,6 +171,18 @@ def test_large_weights_go_to_a_second_file_and_replace_an_older_export(lm: tuple
     assert onnx_file.write_model(graph, path, external_above=1 << 30) is None
     assert {p.name for p in tmp_path.iterdir()} == {"m.onnx"}
     assert check_onnx(path, model, fresh_ids((1, 3))).error < 2e-6
+
+
+def test_more_weights_than_one_file_holds_are_refused_unless_they_may_go_to_a_second(tmp_path: Path) -> None:
+    """Beyond 2 GiB, as one value repeated."""
+    weights = np.broadcast_to(np.float32(1), (1 << 29, 1))
+    value = onnx_ir.Value(name="w", const_value=onnx_ir.Tensor(weights, name="w"))
+    graph = onnx_ir.Graph([], [], nodes=[], initializers=[value], name="g")
+    assert weights.nbytes == 1 << 31
+    with pytest.raises(LatentizeError, match=r"2\.00 GiB of weights do not fit into one ONNX file"):
+        onnx_file.write_model(onnx_ir.Model(graph, ir_version=10), tmp_path / "m.onnx", external_above=1 << 40)
+    assert list(tmp_path.iterdir()) == []
+    assert EXTERNAL_ABOVE < onnx_file.INLINE
 
 
 def test_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
