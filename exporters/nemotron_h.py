@@ -21,9 +21,11 @@ from latentize.inputs import Inputs
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan
 from latentize.spec import MoESpec, RouterSpec
-from latentize.staging import disk_errors
+from latentize.staging import replaced
 
 MODEL_TYPE = "nemotron_h"
+#: Weights of an earlier checkpoint, which transformers would read beside the new ones or in their place.
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 #: The constant in the family's normalisation; anything near it is the same in every dtype that weights come in.
 _EPS = 1e-15
 
@@ -66,7 +68,7 @@ def write(
     """Write config.json and safetensors of a converted model, load them with transformers alone, and compare.
 
     Args:
-        folder: made where it is missing.
+        folder: made where it is missing; it gets the checkpoint whole or not at all.
         model: the converted model; left as it is.
         blocks: its latent blocks, by the names of the blocks of the original.
         inputs: what both are compared on.
@@ -82,9 +84,8 @@ def write(
     """
     config = _native_config(model, {name: block.spec for name, block in blocks.items()})
     native = _native_model(model, config, blocks)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        native.save_pretrained(folder, save_original_format=per_expert)
+    with replaced(folder, "config.json", _WEIGHTS) as work:
+        native.save_pretrained(work, save_original_format=per_expert)
     return _compare(folder, type(native), model, inputs)
 
 

@@ -81,7 +81,7 @@ class Checkpoints:
                 ) from error
             return kept
         value = make()
-        with disk_errors(self.folder):
+        with disk_errors(self.folder, "what was finished is kept there: free some space and run again"):
             store.save(value, path)
         return value
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from latentize import __version__
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, ResourceError
 
 EXPORTS = ("onnx", "tensorrt", "nemotron_h", "nemotron_h-hub")
 BACKENDS = ("torch", "ort", "trt")
@@ -369,7 +369,8 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(error.format_message() + "; see latentize --help", 2)
     except LatentizeError as error:
         _debug(error)
-        _fail(str(error), error.exit_code)
+        further = isinstance(error, ResourceError) and _resumable(arguments)
+        _fail(f"{error}; --resume goes on from where this stopped" if further else str(error), error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         _fail(_interrupted(arguments), 130)
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentize.errors import LatentizeError, ResourceError
+from latentize.errors import LatentizeError, ResourceError, first_line
 from latentize.inputs import buffers_kept
 from latentize.moe import LatentMoE
 
@@ -127,8 +127,10 @@ class Checkpoint:
             partial.replace(self._path)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
+            why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch says less than it
             raise ResourceError(
-                f"healing: its state could not be written to {self._path} ({error}); free some disk and resume"
+                f"healing: its state could not be written to {self._path} ({first_line(why)}); free some disk and run "
+                "again"
             ) from error
 
     def load(self) -> dict[str, Any] | None:

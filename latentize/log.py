@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 from latentize.errors import LatentizeError
@@ -35,9 +37,24 @@ def configure(verbosity: int, log_file: Path | None) -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")
 
 
+class _LogFile(logging.FileHandler):
+    """A log that ends in one line, not in a traceback for each message, when its disk is full."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
+        """Say why and write no more; what is no fault of the disk is shown as ever."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self.addFilter(lambda _record: False)
+        with suppress(OSError):
+            self.close()
+        print(f"--log-file {self.baseFilename}: the log ends here ({error.strerror})", file=sys.stderr)
+
+
 def _file_handler(path: Path) -> logging.Handler:
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
     except OSError as error:
         message = f"--log-file {path}: cannot be written ({error.strerror}); give a path in a folder you can write to"
         raise LatentizeError(message) from None

@@ -24,7 +24,7 @@ from latentize.bench import Latency
 from latentize.blocks import Block, Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
 from latentize.comparison import Comparison
-from latentize.errors import LatentizeError, ResourceError
+from latentize.errors import LatentizeError, MissingExtraError, ResourceError
 from latentize.exporters.onnx_costs import FormChoice
 from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
@@ -285,12 +285,12 @@ def write_data(report: Report, out: Path) -> Path:
     Raises:
         ResourceError: the disk is full or `out` cannot be written.
     """
-    _write_atomically(out / JSON_NAME, to_json(report))
+    _write_together(out, {JSON_NAME: to_json(report)})
     return out / JSON_NAME
 
 
 def write(report: Report, out: Path) -> tuple[Path, Path]:
-    """Write report.json and then report.html into the folder `out`, each whole or not at all; returns both paths.
+    """Write report.json and report.html into the folder `out`, both whole or neither; returns both paths.
 
     Raises:
         MissingExtraError: a package that the page needs is not installed; report.json is written nevertheless.
@@ -299,8 +299,12 @@ def write(report: Report, out: Path) -> tuple[Path, Path]:
     from latentize.report_html import render
 
     out = Path(out)
-    write_data(report, out)
-    _write_atomically(out / HTML_NAME, render(report))
+    try:
+        page = render(report)
+    except MissingExtraError:
+        write_data(report, out)
+        raise
+    _write_together(out, {JSON_NAME: to_json(report), HTML_NAME: page})
     return out / JSON_NAME, out / HTML_NAME
 
 
@@ -319,23 +323,28 @@ def read(out: Path) -> Report:
         ) from None
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = None
+def _write_together(folder: Path, texts: Mapping[str, str]) -> None:
+    """Files by name: all are written beside their places before the first takes its own."""
+    written: dict[Path, Path] = {}
+    path = folder
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            path = folder / name
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
+            written[Path(temporary)] = path
+            with os.fdopen(handle, "w", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            Path(temporary).chmod(0o644)
+        for temporary_path, path in written.items():
+            temporary_path.replace(path)
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        for temporary_path in written:
+            temporary_path.unlink(missing_ok=True)
         raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder, then --resume"
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder, and run again"
         ) from None
 
 

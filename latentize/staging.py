@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -41,6 +41,9 @@ def staged(out: Path) -> Iterator[Path]:
                 yield folder
                 _list_files(folder)
                 _publish(folder, out)
+        except LatentizeError as error:  # it may name a file of the folder, which the user never sees
+            error.args = (str(error).replace(str(folder or out), str(out)), *error.args[1:])
+            raise
         finally:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -107,8 +110,47 @@ def check_space(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written into errors of ours.
+def replaced(folder: Path, last: str, old: Sequence[str] = ()) -> Iterator[Path]:
+    """A new folder whose files take their places in `folder`, made where it is missing, when the block ends well.
+
+    Files of the same names are replaced, those that match one of the patterns `old` go, and others stay. The file named
+    `last` goes first and comes last: while it is there, the others are those it was written with. Where the block
+    fails, nothing has changed.
+
+    Raises:
+        LatentizeError: `folder` cannot be written.
+        ResourceError: the disk is full.
+    """
+    with disk_errors(folder), ExitStack() as held:
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        if made:
+            held.callback(_remove_empty, folder)
+        work = Path(tempfile.mkdtemp(dir=folder, prefix=".partial-"))
+        held.callback(shutil.rmtree, work, ignore_errors=True)
+        yield work
+        files = sorted(work.iterdir(), key=lambda file: file.name == last)
+        for file in files:
+            file.chmod(0o644)
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        (folder / last).unlink(missing_ok=True)
+        for file in (file for pattern in old for file in folder.glob(pattern)):
+            file.unlink()
+        for file in files:
+            file.replace(folder / file.name)
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@contextmanager
+def disk_errors(
+    out: Path, advice: str = "nothing was left there: free some space and run again"
+) -> Iterator[None]:
+    """Turn a full disk and a place that cannot be written into errors of ours; `advice` says what a full one left.
 
     Raises:
         ResourceError: the disk is full.
@@ -120,9 +162,7 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if disk_full(error):
-            raise ResourceError(
-                f"{out}: the disk is full; nothing was left there: free some space and run again"
-            ) from error
+            raise ResourceError(f"{out}: the disk is full; {advice}") from error
         if isinstance(error, PermissionError):
             raise LatentizeError(
                 f"{out}: cannot be written ({error.strerror}); choose another place with -o"

@@ -7,7 +7,8 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -91,8 +92,9 @@ def save(value: Any, path: Path) -> None:
 
     data = encode(value, put)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    partial.replace(path.with_suffix(".safetensors"))
+    with _gone_on_failure(partial):
+        save_file(tensors, partial)
+        partial.replace(path.with_suffix(".safetensors"))
     write_text(path.with_suffix(".json"), json.dumps(data))
 
 
@@ -111,8 +113,19 @@ def load(kind: type[T], path: Path) -> T:
 def write_text(path: Path, text: str) -> None:
     """Write a text file so that it appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with _gone_on_failure(partial):
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+@contextmanager
+def _gone_on_failure(partial: Path) -> Iterator[None]:
+    """Half a file on a full disk would stand in the way of what comes next."""
+    try:
+        yield
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -10,7 +10,7 @@ from safetensors import safe_open
 import latentize
 from latentize import cli
 from latentize.activations import Activation
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, ResourceError
 from latentize.exporters import nemotron_h
 from latentize.inputs import Inputs
 from latentize.spec import Groups
@@ -109,6 +109,26 @@ def test_one_size_for_all_layers_and_no_banks(result):
     banks = {name: replace(plan, topk_factor=1, new_top_k=2) for name, plan in plans.items()}
     with pytest.raises(LatentizeError, match="banks of experts"):
         nemotron_h.check(original(), specs, banks)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_no_half_of_it_and_an_earlier_one_whole(result, ids, tmp_path, monkeypatch, there):
+    def write():
+        nemotron_h.write(tmp_path / "n", result.model, result.rewritten, Inputs((), ids))
+
+    if there:
+        write()
+    before = {file.name: file.read_bytes() for file in tmp_path.glob("n/*")}
+
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)  # config.json is written by then
+    with pytest.raises(ResourceError, match="n: the disk is full; nothing was left there") as caught:
+        write()
+    assert caught.value.exit_code == 5
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("n/*")} == before
+    assert (tmp_path / "n").exists() == there
 
 
 def test_the_command_line_writes_it_and_refuses_other_models(tmp_path, monkeypatch, capsys):

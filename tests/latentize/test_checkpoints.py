@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from latentize.checkpoints import Checkpoints, fingerprint
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, ResourceError
 from latentize.recipe import Recipe
 
 BATCHES = [{"x": torch.ones(2, 3)}, {"x": torch.zeros(2, 3)}]
@@ -25,6 +25,22 @@ def test_a_finished_stage_is_not_done_again(tmp_path):
     again = Checkpoints(tmp_path / "out")
     assert again.open(marks(), resume=True)
     assert torch.equal(again.stage("start", dict[str, torch.Tensor], pytest.fail)["a"], torch.arange(3))
+
+
+def test_a_stage_that_the_disk_has_no_room_for_leaves_the_finished_ones(tmp_path, monkeypatch):
+    kept = Checkpoints(tmp_path / "out")
+    kept.open(marks(), resume=False)
+    kept.stage("first", dict[str, float], lambda: {"a": 1.0})
+    before = {file.name: file.read_bytes() for file in kept.folder.iterdir()}
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("I/O error: No space left on device (os error 28)")  # as safetensors does
+
+    monkeypatch.setattr("latentize.store.save_file", full)
+    with pytest.raises(ResourceError, match="the disk is full; what was finished is kept there"):
+        kept.stage("second", dict[str, float], lambda: {"a": 2.0})
+    assert {file.name: file.read_bytes() for file in kept.folder.iterdir()} == before
 
 
 def test_a_run_that_does_not_resume_starts_over(tmp_path):

@@ -229,6 +229,22 @@ def test_interrupting_a_command_that_cannot_resume_just_says_so():
     assert cli._interrupted(["m 1.py", "--resume"]) == "interrupted; continue with: latentize 'm 1.py' --resume"
 
 
+def test_a_full_disk_of_a_conversion_says_that_it_can_go_on(capsys, stub):
+    stub.error = ResourceError("out: the disk is full")
+    assert call(capsys, "model.py")[2] == "latentize: out: the disk is full; --resume goes on from where this stopped\n"
+    assert call(capsys, "model.py", "--dry-run")[2] == "latentize: out: the disk is full\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_a_log_file_that_is_full_ends_in_one_line_and_the_command_goes_on(capsys, plain):
+    code, out, err = call(capsys, "inspect", "plain.py", "--log-file", "/dev/full")
+    assert code == 3  # as without
+    assert "No MoE block found" in out
+    assert "--log-file /dev/full: the log ends here (No space left on device)\n" in err
+    assert err.count("/dev/full") == 1
+    assert "Traceback" not in err
+
+
 def test_quiet_says_nothing_and_a_log_file_has_everything(capsys, plain):
     code, out, err = call(capsys, "inspect", "plain.py", "--log-file", "run.log", "-q")
     assert (code, out) == (3, "")

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import re
 import typing
 from pathlib import Path
@@ -150,6 +151,24 @@ def test_a_full_disk_leaves_the_old_report_whole_and_nothing_else(tmp_path, monk
     assert raised.value.exit_code == 5
     assert (tmp_path / "report.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_disk_with_room_for_one_of_both_files_keeps_both_as_they_were(tmp_path, monkeypatch):
+    pytest.importorskip("jinja2")
+    report.write(small_report(), tmp_path)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    written, sync = [], os.fsync
+
+    def full(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(ResourceError, match=r"report\.html: cannot be written \(No space left"):
+        report.write(small_report(tool_version="9"), tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
 
 
 def test_a_folder_without_a_report_is_said(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentize.errors import LatentizeError, ResourceError
-from latentize.staging import MANIFEST, check_space, check_target, staged
+from latentize.staging import MANIFEST, check_space, check_target, replaced, staged
 
 
 def fill(folder, text="new"):
@@ -137,3 +137,54 @@ def test_another_run_at_work_beside_is_left_alone(tmp_path):
         assert (first / "weights").read_text() == "first"
     assert (out / "weights").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ResourceError) as caught, staged(out) as folder:
+        raise ResourceError(f"{folder / 'report.json'}: cannot be written")
+    assert str(caught.value) == f"{out / 'report.json'}: cannot be written"
+
+
+def checkpoint(folder, text, *names, fail=False):
+    with replaced(folder, "config.json", ("model*",)) as work:
+        for name in ("config.json", *names):
+            (work / name).write_text(text)
+        if fail:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_files_replace_those_of_their_names_and_the_old_ones_go(tmp_path):
+    folder = tmp_path / "n"
+    checkpoint(folder, "old", "model-1", "model-2", "notes")
+    checkpoint(folder, "new", "model")
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {
+        "config.json": "new", "model": "new", "notes": "old",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_files_stay_as_they_were_when_the_new_ones_fail(tmp_path, there):
+    folder = tmp_path / "n"
+    if there:
+        checkpoint(folder, "old", "model-1")
+    with pytest.raises(ResourceError, match="the disk is full"):
+        checkpoint(folder, "new", "model", fail=True)
+    found = {file.name: file.read_text() for file in folder.glob("*")}
+    assert found == ({"config.json": "old", "model-1": "old"} if there else {})
+    assert folder.exists() == there
+
+
+def test_the_last_file_is_there_only_with_those_it_was_written_with(tmp_path, monkeypatch):
+    """However the process ends between two of them."""
+    folder = tmp_path / "n"
+    checkpoint(folder, "old", "model")
+    rename, seen = Path.replace, []
+
+    def watched(path, target):
+        seen.append(sorted((file.name, file.read_text()) for file in folder.iterdir() if file.is_file()))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    checkpoint(folder, "new", "model")
+    assert seen == [[], [("model", "new")]]
