@@ -1,6 +1,7 @@
 """Latency in onnxruntime on CPU of every body form, and of exported blocks, original against rewritten.
 
     python benchmarks/onnx_forms.py forms            one latent-experts node, every form
+    python benchmarks/onnx_forms.py profiles         the forms chosen for decoding, for prefilling and for everything
     python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant,
                                                      by standard operators and with latentize's own
 
@@ -32,9 +33,11 @@ from latentize.exporters import onnxruntime_ops
 from latentize.exporters.onnx import export_onnx
 from latentize.exporters.onnx_bodies import DOMAIN, FORMS, OP_TYPE, build_body
 from latentize.exporters.onnx_check import open_session
+from latentize.exporters.onnx_costs import tokens_in_flight
 from latentize.exporters.onnx_experts import choose_form
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT
+from latentize.exporters.tensorrt_profiles import Profile
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
@@ -51,19 +54,22 @@ FORM_SIZES = {
     "l128_m64_N16_k4": (128, 64, 16, 4),
     "l32_m48_N16_k4": (32, 48, 16, 4),
 }
+#: use -> the profile that says so, and numbers of tokens of both.
+PROFILES = {"usual": "", "decode": "1:1:4x1", "prefill": "1x256:512:1024"}
+PROFILE_TOKENS = (1, 4, 256, 1024)
 SECONDS = 1.0
 
 
 def main() -> None:
     """Measure what was asked for, print the table, keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["forms", "blocks"])
+    parser.add_argument("what", choices=["forms", "profiles", "blocks"])
     what = parser.parse_args().what
     torch.set_num_threads(1)
-    rows = measure_forms() if what == "forms" else measure_blocks()
+    rows = {"forms": measure_forms, "profiles": measure_profiles, "blocks": measure_blocks}[what]()
     keep("onnx_" + what, rows, ("sizes", "graph", "tokens"))
     columns = {"sizes": "", "graph": "", "tokens": "", "ms": ".3f", "ratio": ".2f"}
-    print(table(rows, columns if what == "forms" else {**columns, "alike": ".2f"}))
+    print(table(rows, {**columns, "alike": ".2f"} if what == "blocks" else columns))
 
 
 def measure_forms() -> list[dict[str, Any]]:
@@ -83,6 +89,27 @@ def measure_forms() -> list[dict[str, Any]]:
             for form, ms in times.items():
                 name = f"auto ({form})" if form == auto else form
                 rows.append({"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / best})
+    return rows
+
+
+def measure_profiles() -> list[dict[str, Any]]:
+    """What is chosen for each use of one node, at its tokens and at the other's; `ratio` is to what is usual."""
+    rows = []
+    for sizes, (latent, intermediate, experts, k) in FORM_SIZES.items():
+        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False)
+        chosen = {
+            use: choose_form(config, [config], tokens_in_flight([Profile.parse(profile)] if profile else []))
+            for use, profile in PROFILES.items()
+        }
+        sessions = {form: node_session(form, config) for form in dict.fromkeys(chosen.values())}
+        for tokens in PROFILE_TOKENS:
+            feeds = node_feeds(config, tokens)
+            times = interleaved({form: runner(session, feeds) for form, session in sessions.items()})
+            for use, form in chosen.items():
+                ms, usual = times[form], times[chosen["usual"]]
+                rows.append(
+                    {"sizes": sizes, "graph": f"{use} ({form})", "tokens": tokens, "ms": ms, "ratio": ms / usual}
+                )
     return rows
 
 
