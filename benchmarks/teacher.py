@@ -71,10 +71,15 @@ class Teacher:
         """The model with the given blocks; healed where a recipe asks for steps."""
         with conversion.workspace():
             student = conversion.rewrite(self.model, self.survey.selected, specs)
-            if recipe is not None and recipe.heal_steps != 0:
-                data = list(stdlib_lm.calibration_data(recipe.seed))
-                heal_student(student, self.blocks, data, recipe)
-            return student
+        if recipe is not None:
+            self.heal(student, recipe)
+        return student
+
+    def heal(self, student: Rewritten, recipe: Recipe) -> None:
+        """Heal a student in place for the steps of a recipe, which may be none."""
+        if recipe.heal_steps != 0:
+            with conversion.workspace():
+                heal_student(student, self.blocks, list(stdlib_lm.calibration_data(recipe.seed)), recipe)
 
     def errors(self, student: Rewritten) -> dict[str, float]:
         """Relative error of each block on the original's own inputs, as a conversion measures it."""

@@ -1,18 +1,19 @@
 """Low-rank methods for MoE experts, written anew from their published descriptions, as maps from weights to weights.
 
-Each gives the experts' weights as it would reconstruct them, at full width so that any model can run them, and says
-what its own form would read and send: `expert` elements read for one selected expert, `shared` elements read once for
-all experts of a block, `dispatched` elements that travel to and from one selected expert for a token.
+Each gives the experts' weights in its own form, from which they are multiplied out at full width so that any model can
+run them, and says what its form would read and send: `expert` elements read for one selected expert, `shared` elements
+read once for all experts of a block, `dispatched` elements that travel to and from one selected expert for a token.
 
 Notation: N experts, gate and up [N, m, d], down [N, d, m]; C [d, d] second moment of what experts read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from forms import Form
 from torch import Tensor
 
 from latentize.output_fit import preactivations, selected
@@ -21,15 +22,21 @@ from latentize.routing import Routing
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics
 
+NAMES = ("gate", "up", "down")
+
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A block after a method, and the cost of the method's own form in elements."""
+    """A block after a method, and the cost of the method's own form in elements.
+
+    `forms` has the matrices of `spec` that are products, by name; a latent block has none, as it is its own form.
+    """
 
     spec: MoESpec
     expert: int
     shared: int
     dispatched: int
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
 
 Method = Callable[[MoESpec, BlockStatistics, int], Rebuilt]
@@ -43,8 +50,8 @@ def plain_svd(spec: MoESpec, _statistics: BlockStatistics, latent: int) -> Rebui
     m, d = spec.intermediate_size, spec.hidden_size
     rank = max(1, m * latent // (m + d))
     experts = spec.experts
-    gate, up, down = (truncate(w, rank) for w in (experts.gate, experts.up, experts.down))
-    return Rebuilt(_with(spec, gate, up, down), 3 * rank * (m + d), 0, 2 * d)
+    forms = {name: truncate(getattr(experts, name), rank) for name in NAMES}
+    return Rebuilt(multiplied(spec, forms), 3 * rank * (m + d), 0, 2 * d, forms)
 
 
 def molae(spec: MoESpec, _statistics: BlockStatistics, latent: int, *, by_dispatch: bool = False) -> Rebuilt:
@@ -54,9 +61,10 @@ def molae(spec: MoESpec, _statistics: BlockStatistics, latent: int, *, by_dispat
     """
     m, d = spec.intermediate_size, spec.hidden_size
     inner = latent // 2 if by_dispatch else latent
-    gate, up = (stacked(w, inner) for w in (spec.experts.gate, spec.experts.up))
-    down = stacked(spec.experts.down.transpose(1, 2), latent).transpose(1, 2)
-    return Rebuilt(_with(spec, gate, up, down), m * (2 * inner + latent), d * (2 * inner + latent), 2 * inner + latent)
+    forms = {name: stacked(getattr(spec.experts, name), inner) for name in ("gate", "up")}
+    forms["down"] = stacked(spec.experts.down.transpose(1, 2), latent).transposed()
+    cost = m * (2 * inner + latent), d * (2 * inner + latent), 2 * inner + latent
+    return Rebuilt(multiplied(spec, forms), *cost, forms)
 
 
 def d2_moe(spec: MoESpec, statistics: BlockStatistics, latent: int) -> Rebuilt:
@@ -70,10 +78,10 @@ def d2_moe(spec: MoESpec, statistics: BlockStatistics, latent: int) -> Rebuilt:
     loads = statistics.counts[: spec.num_experts].double()
     read, neurons = cholesky_means(spec, statistics)
     experts, rank = spec.experts, m * latent // d
-    gate, up = (delta(w, loads, read, latent) for w in (experts.gate, experts.up))
-    down = delta(experts.down, loads, neurons, rank)
+    forms = {name: delta(getattr(experts, name), loads, read, latent) for name in ("gate", "up")}
+    forms["down"] = delta(experts.down, loads, neurons, rank)
     shared = 3 * m * d + 2 * d * latent + rank * m
-    return Rebuilt(_with(spec, gate, up, down), 2 * m * latent + d * rank, shared, 2 * d)
+    return Rebuilt(multiplied(spec, forms), 2 * m * latent + d * rank, shared, 2 * d, forms)
 
 
 def tucker(spec: MoESpec, statistics: BlockStatistics, latent: int, *, neurons: float = 1.0) -> Rebuilt:
@@ -89,11 +97,12 @@ def tucker(spec: MoESpec, statistics: BlockStatistics, latent: int, *, neurons: 
     white = torch.linalg.cholesky(shrink(statistics.input_moment, statistics.tokens))
     inner = cholesky_means(spec, statistics)[1]
     experts = spec.experts
-    both = hooi(torch.cat([experts.gate, experts.up]).double() @ white, kept, width)
-    gate, up = (both @ torch.linalg.inv(white)).to(experts.up.dtype).chunk(2)
-    down = (hooi(experts.down.double() @ inner, width, kept) @ torch.linalg.inv(inner)).to(experts.down.dtype)
+    both = hooi(torch.cat([experts.gate, experts.up]).double() @ white, kept, width, torch.linalg.inv(white))
+    gate, up = both.core.chunk(2)
+    forms = {"gate": replace(both, core=gate), "up": replace(both, core=up)}
+    forms["down"] = hooi(experts.down.double() @ inner, width, kept, torch.linalg.inv(inner))
     shared = (d * width + m * kept * (kept < m)) * 2
-    return Rebuilt(_with(spec, gate, up, down), 3 * kept * width, shared, 2 * width)
+    return Rebuilt(multiplied(spec, forms), 3 * kept * width, shared, 2 * width, forms)
 
 
 def mobe(spec: MoESpec, _statistics: BlockStatistics, latent: int, *, bases: int = 4, steps: int = 500) -> Rebuilt:
@@ -106,8 +115,8 @@ def mobe(spec: MoESpec, _statistics: BlockStatistics, latent: int, *, bases: int
     rank = (3 * latent - d) // 2
     if rank < 1:
         raise ValueError("MoBE leaves down as it is, which alone reads more than this width allows")
-    gate, up = (basis_fit(w, rank, bases, steps) for w in (spec.experts.gate, spec.experts.up))
-    return Rebuilt(_with(spec, gate, up, spec.experts.down), 2 * m * rank + m * d, 2 * bases * rank * d, 2 * d)
+    forms = {name: basis_fit(getattr(spec.experts, name), rank, bases, steps) for name in ("gate", "up")}
+    return Rebuilt(multiplied(spec, forms), 2 * m * rank + m * d, 2 * bases * rank * d, 2 * d, forms)
 
 
 def latent(spec: MoESpec) -> Rebuilt:
@@ -116,18 +125,17 @@ def latent(spec: MoESpec) -> Rebuilt:
     return Rebuilt(spec, 3 * m * width, 2 * d * width, 2 * width)
 
 
-def truncate(weights: Tensor, rank: int) -> Tensor:
+def truncate(weights: Tensor, rank: int) -> Form:
     """The best rank-`rank` approximation of each matrix of [N, a, b]."""
     u, s, v = torch.linalg.svd(weights.double(), full_matrices=False)
-    kept: Tensor = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
-    return kept.to(weights.dtype)
+    root = s[..., :rank].sqrt()
+    return Form(u[..., :rank] * root[..., None, :], right=root[..., None] * v[..., :rank, :])
 
 
-def stacked(weights: Tensor, rank: int) -> Tensor:
+def stacked(weights: Tensor, rank: int) -> Form:
     """[N, a, b] with all rows projected on their `rank` leading right singular vectors."""
     basis = right_basis(weights.double().flatten(0, 1), rank)
-    kept: Tensor = weights.double() @ basis @ basis.T
-    return kept.to(weights.dtype)
+    return Form(weights.double() @ basis, right=basis.T)
 
 
 def right_basis(rows: Tensor, rank: int) -> Tensor:
@@ -136,14 +144,13 @@ def right_basis(rows: Tensor, rank: int) -> Tensor:
     return vectors
 
 
-def delta(weights: Tensor, loads: Tensor, white: Tensor, rank: int) -> Tensor:
+def delta(weights: Tensor, loads: Tensor, white: Tensor, rank: int) -> Form:
     """Base plus deltas of [N, a, b], whitened by `white` [b, b] and truncated to `rank` with one right factor."""
     w = weights.double()
     base = (w * (loads / loads.sum())[:, None, None]).sum(0)
     whitened = (w - base) @ white
     basis = right_basis(whitened.flatten(0, 1), rank)
-    result: Tensor = base + whitened @ (basis @ basis.T @ torch.linalg.inv(white))
-    return result.to(weights.dtype)
+    return Form(whitened @ basis, right=basis.T @ torch.linalg.inv(white), base=base)
 
 
 def cholesky_means(spec: MoESpec, statistics: BlockStatistics) -> tuple[Tensor, Tensor]:
@@ -161,18 +168,26 @@ def cholesky_means(spec: MoESpec, statistics: BlockStatistics) -> tuple[Tensor, 
     return torch.stack(factors[0]).mean(0), torch.stack(factors[1]).mean(0)
 
 
-def hooi(tensor: Tensor, rows: int, columns: int, sweeps: int = 3) -> Tensor:
-    """[N, a, b] with its second and third modes projected on `rows` and `columns` directions, by alternation."""
+def hooi(tensor: Tensor, rows: int, columns: int, unwhite: Tensor, sweeps: int = 3) -> Form:
+    """[N, a, b] with its second and third modes projected on `rows` and `columns` directions, then times `unwhite`.
+
+    By alternation. A mode that keeps all its directions has no factor: it would be a rotation.
+    """
     right = right_basis(tensor.flatten(0, 1), columns)
-    left = right_basis(tensor.transpose(1, 2).flatten(0, 1), rows)
-    for _ in range(sweeps if rows < tensor.shape[1] else 0):
-        left = right_basis((tensor @ right).transpose(1, 2).flatten(0, 1), rows)
-        right = right_basis((left.T @ tensor).flatten(0, 1), columns)
-    result: Tensor = left @ (left.T @ tensor @ right) @ right.T
-    return result
+    if rows == tensor.shape[1]:
+        core, left = tensor, None
+    else:
+        left = right_basis(tensor.transpose(1, 2).flatten(0, 1), rows)
+        for _ in range(sweeps):
+            left = right_basis((tensor @ right).transpose(1, 2).flatten(0, 1), rows)
+            right = right_basis((left.T @ tensor).flatten(0, 1), columns)
+        core = left.T @ tensor
+    if columns == tensor.shape[2]:
+        return Form(core @ unwhite, left=left)
+    return Form(core @ right, left=left, right=right.T @ unwhite)
 
 
-def basis_fit(weights: Tensor, rank: int, bases: int, steps: int) -> Tensor:
+def basis_fit(weights: Tensor, rank: int, bases: int, steps: int) -> Form:
     """A_e silu(Σ_j a_ej B_j) nearest to weights [N, m, d], from Adam with a falling rate."""
     n, _, d = weights.shape
     scale = weights.std()
@@ -188,13 +203,13 @@ def basis_fit(weights: Tensor, rank: int, bases: int, steps: int) -> Tensor:
             for group in optimiser.param_groups:
                 group["lr"] = 0.03 * (1 - step / steps) + 1e-4
             optimiser.zero_grad()
-            loss = (_combine(left, basis, mix) - target).square().mean()
+            loss = (Form(left, right=basis, mix=mix).dense() - target).square().mean()
             loss.backward()
             optimiser.step()
-    return (_combine(left, basis, mix) * scale).detach()
+    return Form((left * scale).detach(), right=basis.detach(), mix=mix.detach())
 
 
-def weight_error(spec: MoESpec, rebuilt: MoESpec, names: Sequence[str] = ("gate", "up", "down")) -> float:
+def weight_error(spec: MoESpec, rebuilt: MoESpec, names: Sequence[str] = NAMES) -> float:
     """Relative error of the experts' own weights, all of `names` together; of a latent block, multiplied out."""
     wrong = whole = 0.0
     for name in names:
@@ -206,10 +221,7 @@ def weight_error(spec: MoESpec, rebuilt: MoESpec, names: Sequence[str] = ("gate"
     return (wrong / whole) ** 0.5
 
 
-def _combine(left: Tensor, basis: Tensor, mix: Tensor) -> Tensor:
-    return left @ torch.nn.functional.silu(torch.einsum("nj,jrd->nrd", mix, basis))
-
-
-def _with(spec: MoESpec, gate: Tensor, up: Tensor, down: Tensor) -> MoESpec:
-    experts = replace(spec.experts, gate=gate.contiguous(), up=up.contiguous(), down=down.contiguous())
-    return replace(spec, experts=experts)
+def multiplied(spec: MoESpec, forms: Mapping[str, Form]) -> MoESpec:
+    """The block with its experts' weights multiplied out."""
+    dense = {name: form.dense().to(spec.experts.up.dtype).contiguous() for name, form in forms.items()}
+    return replace(spec, experts=replace(spec.experts, **dense))

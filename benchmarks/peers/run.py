@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import methods
 import torch
+from forms import Form, held
 from measured import RESULTS, keep, table
 from teacher import Teacher, bits, stdlib_lm
 from torch import Tensor
@@ -89,8 +90,9 @@ def _measure(teacher: Teacher, name: str, latent: int, options: argparse.Namespa
         else:
             rebuilt = _ours(teacher, Recipe(latent_dim=latent, variant="fixed", init=method))
     seconds = time.process_time() - begin
-    recipe = Recipe(heal_steps=options.heal)
-    student = teacher.student({block: r.spec for block, r in rebuilt.items()}, recipe)
+    student = teacher.student({block: r.spec for block, r in rebuilt.items()})
+    with held(student.blocks, {block: r.forms for block, r in rebuilt.items()}):
+        teacher.heal(student, Recipe(heal_steps=options.heal))
     errors = teacher.errors(student)
     score = bits(student.model)
     per_token = {"expert": 0, "shared": 0, "dispatched": 0}
@@ -115,7 +117,7 @@ def _stored(teacher: Teacher, latent: int) -> Iterator[dict[str, Any]]:
     gates = [spec.experts.gate for spec in teacher.blocks.specs.values()]
     n, m, d = gates[0].shape
     allowed = n * m * latent + latent * d
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
+    ways: dict[str, Callable[[Tensor], Form]] = {
         "one right factor for all (MoLAE)": lambda w: methods.stacked(w, latent),
         "plain SVD": lambda w: methods.truncate(w, allowed // (n * (m + d))),
     }
@@ -124,7 +126,7 @@ def _stored(teacher: Teacher, latent: int) -> Iterator[dict[str, Any]]:
         ways[f"MoBE, {bases} bases"] = partial(methods.basis_fit, rank=rank, bases=bases, steps=500)
     for method, way in ways.items():
         with conversion.workspace():
-            errors = [((way(w) - w).norm() / w.norm()).item() for w in gates]
+            errors = [((way(w).dense() - w).norm() / w.norm()).item() for w in gates]
         yield {"method": method, "latent_dim": latent, "weight_error": sum(errors) / len(errors)}
 
 
