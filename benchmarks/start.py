@@ -28,9 +28,9 @@ import latentize
 
 #: Calibration batches of 16 x 128 bytes: enough for the second moments; healing takes all of them.
 START_BATCHES = 16
-KEY = ("compression", "variant", "init", "heal", "seed")
+KEY = ("compression", "variant", "init", "heal", "seed", "bypass")
 COLUMNS = {
-    "compression": "g", "variant": "", "init": "", "heal": "", "seed": "d", "original": ".4f", "bits_per_byte": ".4f",
+    "compression": "g", "variant": "", "init": "", "heal": "", "seed": "d", "bypass": "d", "original": ".4f", "bits_per_byte": ".4f",
     "rise_percent": "+.2f", "block_error": ".3f", "weight_bytes": ",d", "seconds": ".0f",
 }  # fmt: skip
 
@@ -50,11 +50,11 @@ def main() -> None:
 
 
 def _rows(options: argparse.Namespace, original: float) -> Iterator[dict[str, Any]]:
-    for compression, variant, init, seed in itertools.product(
-        options.compression, options.variant, options.init, options.seed
+    for compression, variant, init, seed, bypass in itertools.product(
+        options.compression, options.variant, options.init, options.seed, options.bypass
     ):
         recipe = latentize.Recipe(
-            compression=compression, variant=variant, init=init, seed=seed, heal_steps=options.heal_steps
+            compression=compression, variant=variant, init=init, seed=seed, heal_steps=options.heal_steps, bypass=bypass
         )
         yield {"heal": options.heal_name} | _measure(recipe, original)
 
@@ -74,11 +74,15 @@ def _measure(recipe: latentize.Recipe, original: float) -> dict[str, Any]:
         "variant": recipe.variant,
         "init": recipe.init,
         "seed": recipe.seed,
+        "bypass": recipe.bypass,
         "original": original,
         "bits_per_byte": after,
         "rise_percent": 100 * (after / original - 1),
         "block_error": sum(error for error in last if error is not None) / len(last),
-        "weight_bytes": sum(plan.expert_bytes_after + plan.projection_bytes for plan in result.plan.values()),
+        "weight_bytes": sum(
+            plan.expert_bytes_after + plan.projection_bytes + plan.bypass_bytes for plan in result.plan.values()
+        ),
+        "bypass_bytes": sum(plan.bypass_bytes for plan in result.plan.values()),
         "seconds": seconds,
     }
 
@@ -90,6 +94,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--init", nargs="+", default=["activation", "weights"])
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--heal", nargs="?", const="chosen", default="0", help="steps; alone: as latentize chooses")
+    parser.add_argument("--bypass", type=int, nargs="+", default=[0], help="ranks of a bypass; 0 for none")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     options.heal_name = options.heal

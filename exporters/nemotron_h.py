@@ -55,6 +55,11 @@ def check(model: nn.Module, specs: Mapping[str, MoESpec], plans: Mapping[str, Bl
     _one_size(sizes)
     for name, spec in specs.items():
         _expressible(name, spec)
+        if plans[name].bypass_rank:
+            raise LatentizeError(
+                f"block {name!r}: it would have a bypass, which NemotronH cannot express; leave out this export, or set "
+                "bypass to 0"
+            )
         if plans[name].experts_factor != plans[name].topk_factor:
             raise LatentizeError(
                 f"block {name!r}: {plans[name].experts_factor} times the experts with {plans[name].topk_factor} times "
@@ -145,6 +150,8 @@ def _beyond(spec: MoESpec) -> Iterator[str]:
         yield "biases in its experts"
     if e.num_identity:
         yield "identity experts"
+    if spec.latent is not None and spec.latent.bypass_rank:
+        yield "a bypass"
 
 
 def _native_config(model: nn.Module, specs: Mapping[str, MoESpec]) -> Any:

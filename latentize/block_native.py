@@ -122,7 +122,7 @@ def experts_few(hidden: Tensor, indices: Tensor, weights: Tensor, experts: Laten
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     others = _Others(indices.shape[1], indices.data_ptr(), weights.data_ptr(), None, None, None)
     raise_for(_call(hidden, hidden, None, plan, out, others), indices)
-    return out
+    return _with_bypass(out, hidden, experts)
 
 
 def block_few(
@@ -141,7 +141,13 @@ def block_few(
         return None
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     _call(hidden, seen, first, second, out, None)
-    return out
+    return _with_bypass(out, hidden, experts[0])  # type: ignore[arg-type]
+
+
+def _with_bypass(out: Tensor, hidden: Tensor, experts: LatentExperts) -> Tensor:
+    """The kernel's output [..., d] and what goes around it, which the kernel knows nothing of."""
+    passed_by = experts.bypassed(hidden)
+    return out if passed_by is None else out.add_(passed_by)
 
 
 def _serves(hidden: Tensor) -> bool:

@@ -40,9 +40,11 @@ def model_card(result: Result, origin: Origin, support: Support) -> str:
 
 
 def _summary(result: Result) -> str:
+    ranks = sorted({plan.bypass_rank for plan in result.plan.values() if plan.bypass_rank})
+    bypass = f" A linear map of rank {ranks[0]} goes around the experts of each of them." if ranks else ""
     return (
         f"Made by latentize {__version__}. The routed experts of {len(result.rewritten)} blocks work at a latent "
-        "width; everything outside those blocks is as it was."
+        f"width; everything outside those blocks is as it was.{bypass}"
     )
 
 

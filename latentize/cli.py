@@ -122,6 +122,13 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     help="What the saving buys: acc αN experts and αk active, eff αN experts, fixed neither. [default: acc]",
 )
 @click.option(
+    "--bypass",
+    type=click.IntRange(min=0),
+    metavar="RANK",
+    help="Add a linear map of this rank around each block's routed experts, fitted to what they lose; not a plain "
+    "LatentMoE any more. [default: 0, none]",
+)
+@click.option(
     "--heal",
     "heal_steps",
     type=click.IntRange(min=0),

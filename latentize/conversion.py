@@ -22,7 +22,7 @@ from latentize.initialise import initialise
 from latentize.inputs import Batch, Inputs, observing
 from latentize.memory import trim
 from latentize.moe import LatentMoE
-from latentize.plan import BlockPlan, check_plan, make_plan
+from latentize.plan import BlockPlan, check_bypass, check_plan, make_plan
 from latentize.predict import predict
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
@@ -271,7 +271,10 @@ def prepare(
         tokens=max((block.tokens for block in said), default=0),
     )  # fmt: skip
     seen = predict(bare, recipe, sweep=sweep, progress=progress)
-    return replace(bare, plans=make_plan(specs, recipe, statistics, seen), forecast=seen)
+    plans = make_plan(specs, recipe, statistics, seen)
+    for name, plan in plans.items():
+        check_bypass(specs[name], plan, (statistics or {}).get(name))
+    return replace(bare, plans=plans, forecast=seen)
 
 
 def measure(

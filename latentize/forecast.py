@@ -39,11 +39,13 @@ class Forecast:
 
     Errors of one block grow in the next ones, so that together they cost more than their sum. `measured` holds, in
     ascending order, (sum of the blocks' own losses, loss of the model with all of them narrowed) as they were measured
-    at a few widths. In between the measured loss follows a power of the sum; below, their ratio stays.
+    at a few widths. In between the measured loss follows a power of the sum; below, their ratio stays. Where blocks are
+    to have a bypass, `without_bypass` holds the curves of the same blocks without one.
     """
 
     curves: Mapping[str, Curve]
     measured: tuple[tuple[float, float], ...] = field(default=())
+    without_bypass: Mapping[str, Curve] = field(default_factory=dict)
 
     def together(self, total: float) -> float:
         """The loss of the model when those of its blocks add up to `total`."""

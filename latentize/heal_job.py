@@ -32,7 +32,7 @@ Stage = Literal["blocks", "model", "done"]
 
 #: Measured over 400 steps: projections and routers may take larger relative steps than experts. Over 100 steps smaller
 #: ones (0.35) look better for the projections, and end worse.
-RATE_FACTORS = {"latent_": 1.4, "router.": 1.6}
+RATE_FACTORS = {"latent_": 1.4, "bypass_": 1.4, "router.": 1.6}
 #: How often a stage may go back to its best weights with a smaller rate before it ends, and the factor on the rate.
 FALL_BACKS, FALL_BACK_RATE = 2, 0.3
 #: The learning rate over the distance that is left to go, the root of a divergence or of a squared error: a larger one

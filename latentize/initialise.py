@@ -9,11 +9,12 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
+from latentize.bypass import fit_bypass
 from latentize.children import bank_directions, condition
 from latentize.errors import LatentizeError
 from latentize.memory import all_finite, trim
 from latentize.output_fit import Computed, coefficients, damping, explained, factorise, features, fit, selected
-from latentize.plan import BlockPlan, fits
+from latentize.plan import BlockPlan, check_bypass, fits
 from latentize.projections import (
     gram,
     input_projection,
@@ -68,11 +69,13 @@ def initialise(
         A latent spec in the dtype of `spec`, on its device, sharing no floating-point storage with it.
 
     Raises:
-        LatentizeError: the plan was made for a block of other sizes, or the weights are not finite.
+        LatentizeError: the plan was made for a block of other sizes, the weights are not finite, or there is nothing
+            to fit a bypass on.
     """
     _check(spec, plan)
     if plan.latent_dim == spec.hidden_size:
         return _identity(spec, plan)
+    check_bypass(spec, plan, statistics)
     compute = torch.promote_types(spec.experts.up.dtype, torch.float32)
     if statistics is None or not statistics.tokens:
         start = expand(_from_weights(spec, plan.latent_dim), plan.experts_factor, plan.topk_factor)
@@ -134,7 +137,20 @@ def _from_activations(
     children = plan.experts_factor * spec.num_experts
     guesses = local_guesses(down, moment, tokens.hidden * tokens.weights, routing, children)
     start = narrow_inputs(parents, down, guesses, plan.experts_factor)
-    return fit_output(start, parents, tokens.hidden, routing, target, importance, tokens.weights)
+    fitted = fit_output(start, parents, tokens.hidden, routing, target, importance, tokens.weights)
+    if not plan.bypass_rank:
+        return fitted
+
+    def bypass(inner: MoESpec) -> tuple[Tensor, Tensor]:
+        missing = target - experts_forward(routed_only(inner), tokens.hidden, routing)
+        return fit_bypass(tokens.hidden, missing, tokens.weights, importance, plan.bypass_rank)
+
+    into, out = bypass(fitted)
+    left = target - tokens.hidden @ into.T @ out.T  # what the experts need not give any more
+    fitted = fit_output(start, parents, tokens.hidden, routing, left, importance, tokens.weights)
+    into, out = bypass(fitted)
+    assert fitted.latent is not None
+    return replace(fitted, latent=replace(fitted.latent, bypass_down=into, bypass_up=out))
 
 
 def _multiply(spec: MoESpec, plan: BlockPlan, dropped: Tensor, tokens: _Tokens) -> RouterSpec:

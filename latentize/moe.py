@@ -72,9 +72,10 @@ class Router(nn.Module):
 
 
 class LatentExperts(nn.Module):
-    """Down-projection, routed experts at the latent width, combine, up-projection.
+    """Down-projection, routed experts at the latent width, combine, up-projection, and a linear bypass of all of them.
 
     With `latent_down` and `latent_up` None the experts work at the hidden size: a standard MoE in canonical layout.
+    `bypass_down` and `bypass_up` are None where there is no bypass.
     """
 
     def __init__(self, spec: MoESpec) -> None:
@@ -82,6 +83,8 @@ class LatentExperts(nn.Module):
         experts = spec.experts
         self.latent_down = _parameter(None if spec.latent is None else spec.latent.down)
         self.latent_up = _parameter(None if spec.latent is None else spec.latent.up)
+        self.bypass_down = _parameter(None if spec.latent is None else spec.latent.bypass_down)
+        self.bypass_up = _parameter(None if spec.latent is None else spec.latent.bypass_up)
         self.gate = _parameter(experts.gate)
         self.up = _parameter(experts.up)
         self.down = _parameter(experts.down)
@@ -111,7 +114,20 @@ class LatentExperts(nn.Module):
             output = output + hidden * passed.to(hidden.dtype)
         if self.output_scale != 1.0:
             output = output * self.output_scale
+        passed_by = self.bypassed(hidden)
+        if passed_by is not None:
+            output = output + passed_by
         return output if self.output_bias is None else output + self.output_bias
+
+    def bypassed(self, hidden: Tensor) -> Tensor | None:
+        """What goes around the experts [..., d] of hidden [..., d], scaled like the output; None without a bypass.
+
+        It is added to an output that is scaled already, so that who reads a graph still finds the experts' own sum.
+        """
+        if self.bypass_down is None or self.bypass_up is None:
+            return None
+        narrow = F.linear(hidden, self.bypass_down)
+        return F.linear(narrow if self.output_scale == 1.0 else narrow * self.output_scale, self.bypass_up)
 
     def combine(self, latent: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum [T, l] of the selected experts' outputs on latent [T, l]."""
@@ -154,7 +170,7 @@ class LatentMoE(nn.Module):
         )
         latent = None
         if e.latent_down is not None and e.latent_up is not None:
-            latent = LatentSpec(e.latent_down, e.latent_up)
+            latent = LatentSpec(e.latent_down, e.latent_up, e.bypass_down, e.bypass_up)
         return MoESpec(self.router.spec, experts, latent, e.output_scale, e.output_bias)
 
     def forward(self, hidden: Tensor, router_hidden: Tensor | None = None) -> Tensor:

@@ -155,8 +155,12 @@ def preactivations(experts: ExpertsSpec, expert: int, x: Tensor) -> tuple[Tensor
 
 def damping(phi: Features) -> float:
     """λ of the ridge: small beside the mean square of Φ's columns, unless features outnumber tokens."""
-    mean = sum(c.double().square().sum().item() for c in phi.columns) / phi.size
-    return RIDGE * (1.0 + 10.0 * (phi.size / phi.count) ** 2) * mean + torch.finfo(torch.float64).tiny
+    return ridge_for(sum(c.double().square().sum().item() for c in phi.columns), phi.size, phi.count)
+
+
+def ridge_for(squares: float, size: int, count: int) -> float:
+    """λ for `size` features of `count` tokens whose squares add up to `squares`."""
+    return RIDGE * (1.0 + 10.0 * (size / count) ** 2) * (squares / size) + torch.finfo(torch.float64).tiny
 
 
 def fit(phi: Features, target: Tensor, start: Tensor | Sequence[Tensor], ridge: float) -> Tensor:

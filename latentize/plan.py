@@ -31,11 +31,13 @@ ALIGNMENT, SMALL, BLOCK_SCALE, LARGE = 8, 64, 128, 1024
 class BlockPlan:
     """The conversion of one block. Bytes and FLOPs are per token; "before" is the block as it came in.
 
-    `expert_bytes` are the weights of the selected experts; `projection_bytes`, those of the two projections, are read
-    once per batch. `dispatched_bytes` are the activations that travel to the experts and back. FLOPs count the router,
-    the projections and the experts. `spectrum` holds the singular values of G C^½ (see `latentize.projections`).
+    `expert_bytes` are the weights of the selected experts; `projection_bytes`, those of the two projections, and
+    `bypass_bytes`, those of a bypass of `bypass_rank`, are read once per batch. `dispatched_bytes` are the activations
+    that travel to the experts and back. FLOPs count the router, the projections, the bypass and the experts.
+    `spectrum` holds the singular values of G C^½ (see `latentize.projections`).
     `predicted_error` is the relative error of the routed output right after initialisation, and `predicted_loss` what
-    it adds to the model's loss beside the other blocks (see `latentize.forecast`).
+    it adds to the model's loss beside the other blocks (see `latentize.forecast`). `error_without_bypass` is the error
+    predicted of the same block without its bypass.
     """
 
     name: str
@@ -60,6 +62,9 @@ class BlockPlan:
     predicted_error: float = math.nan
     predicted_loss: float | None = None
     warnings: tuple[str, ...] = ()
+    bypass_rank: int = 0
+    bypass_bytes: int = 0
+    error_without_bypass: float | None = None
 
 
 def make_plan(
@@ -77,8 +82,8 @@ def make_plan(
         forecast: predictions from trials (`latentize.predict`). The spectra alone predict where a block has none.
 
     Raises:
-        LatentizeError: a latent size or a factor that a block cannot have, naming the block and its sizes; or a budget
-            that no widths can keep.
+        LatentizeError: a latent size, a factor or a bypass that a block cannot have, naming the block and its sizes; or
+            a budget that no widths can keep.
     """
     check_plan(specs, recipe)
     statistics = statistics or {}
@@ -96,9 +101,16 @@ def make_plan(
             effective_rank=effective_rank(spectra[name].input),
             predicted_error=known[name].error_at(plan.latent_dim),
             predicted_loss=known[name].loss_at(plan.latent_dim),
+            error_without_bypass=_without_bypass(plan, forecast),
             warnings=(*plan.warnings, *_cautions(spec, plan, said, tried=blind or name in forecast.curves)),
         )
     return _together(plans, forecast)
+
+
+def _without_bypass(plan: BlockPlan, forecast: Forecast) -> float | None:
+    """The error predicted of a block that has a bypass, did it not have one; None where that was not tried."""
+    curve = forecast.without_bypass.get(plan.name) if plan.bypass_rank else None
+    return None if curve is None else curve.error_at(plan.latent_dim)
 
 
 def _together(plans: dict[str, BlockPlan], forecast: Forecast) -> dict[str, BlockPlan]:
@@ -176,7 +188,8 @@ def options_of(
     for latent in widths(d):
         a, b = recipe.factors_for(d, latent)
         after = _Cost(spec, latent, a * spec.num_experts, b * spec.top_k, _element(spec, recipe))
-        cost = after.flops + 4 * d * latent if measure == "flops" else after.expert_bytes
+        around = latent + _bypass_rank(d, latent, recipe)
+        cost = after.flops + 4 * d * around if measure == "flops" else after.expert_bytes
         loss = None if by_error else curve.loss_at(latent)
         yield Option(latent, cost, curve.error_at(latent) ** 2 if loss is None else loss)
 
@@ -187,6 +200,8 @@ def plan_block(name: str, spec: MoESpec, recipe: Recipe, latent: int | None = No
     latent = recipe.latent_dim_for(d) if latent is None else latent
     a, b = recipe.factors_for(d, latent)
     _check(name, spec, latent, a, b)
+    _check_bypass(name, d, recipe.bypass)
+    rank = _bypass_rank(d, latent, recipe)
     element = _element(spec, recipe)
     before = _Cost(spec, d, spec.num_experts, spec.top_k, _element(spec, None))
     after = _Cost(spec, latent, a * spec.num_experts, b * spec.top_k, element)
@@ -207,9 +222,40 @@ def plan_block(name: str, spec: MoESpec, recipe: Recipe, latent: int | None = No
         dispatched_bytes_after=after.dispatched_bytes,
         projection_bytes=2 * d * latent * element,
         flops_before=before.flops,
-        flops_after=after.flops + 4 * d * latent,
+        flops_after=after.flops + 4 * d * (latent + rank),
         warnings=tuple(_limits(name, spec, latent, a, b)),
+        bypass_rank=rank,
+        bypass_bytes=2 * d * rank * element,
     )
+
+
+def check_bypass(spec: MoESpec, plan: BlockPlan, statistics: BlockStatistics | None) -> None:
+    """Raise the LatentizeError of a plan with a bypass that there is nothing to fit on."""
+    if not plan.bypass_rank:
+        return
+    asked = f"{plan.name}: bypass {plan.bypass_rank}"
+    if statistics is None or not len(statistics.sample.hidden):
+        raise LatentizeError(
+            f"{asked} is fitted to calibration data, and none reaches this block; give data, exclude the block, or set "
+            "bypass to 0"
+        )
+    if not fits(spec, plan.experts_factor, statistics):
+        raise LatentizeError(
+            f"{asked} is fitted with the output side, which is too large here; exclude the block, or set bypass to 0"
+        )
+
+
+def _bypass_rank(d: int, latent: int, recipe: Recipe) -> int:
+    """The rank of a block's bypass: none at the full width, where nothing is lost."""
+    return recipe.bypass if latent < d else 0
+
+
+def _check_bypass(name: str, d: int, rank: int) -> None:
+    if rank >= d:
+        raise LatentizeError(
+            f"{name}: bypass {rank} is not below the hidden size {d}, where it would be no saving over a full matrix; "
+            "lower bypass"
+        )
 
 
 def effective_rank(values: Tensor) -> float:

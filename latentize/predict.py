@@ -55,7 +55,7 @@ def predict(prepared: Prepared, recipe: Recipe, *, sweep: bool = False, progress
     """
     if prepared.statistics is None:
         return Forecast({})
-    trials = Trials(prepared.teacher.specs, prepared.statistics, recipe.seed)
+    trials = Trials(prepared.teacher.specs, prepared.statistics, recipe.seed, recipe.bypass)
     tried = rounds(trials.specs, recipe, sweep=sweep)
     joint = joint_rounds(trials.specs, tried)
     measured = []
@@ -65,7 +65,10 @@ def predict(prepared: Prepared, recipe: Recipe, *, sweep: bool = False, progress
         loss = _loss_of(prepared, starts) if i in joint and total else None
         if total and loss is not None:
             measured.append((total, loss))
-    return Forecast(trials.curves(), _rising(measured))
+    plain = Trials(prepared.teacher.specs, prepared.statistics, recipe.seed)
+    for widths in rounds(plain.specs, recipe, sweep=False) if recipe.bypass else ():
+        plain.start(widths, progress)
+    return Forecast(trials.curves(), _rising(measured), plain.curves() if recipe.bypass else {})
 
 
 def _loss_of(prepared: Prepared, starts: Mapping[str, MoESpec]) -> float | None:
@@ -86,14 +89,16 @@ def _rising(measured: Iterable[tuple[float, float]]) -> tuple[tuple[float, float
 
 
 class Trials:
-    """Trial starts of all blocks at chosen widths, and what they cost."""
+    """Trial starts of all blocks at chosen widths, with a bypass of some rank or none (0), and what they cost."""
 
-    def __init__(self, specs: Mapping[str, MoESpec], statistics: Mapping[str, BlockStatistics], seed: int = 0) -> None:
+    def __init__(
+        self, specs: Mapping[str, MoESpec], statistics: Mapping[str, BlockStatistics], seed: int = 0, bypass: int = 0
+    ) -> None:
         self.specs = {
             name: spec for name, spec in specs.items()
             if len(statistics[name].sample.hidden) and 3 * spec.experts.up.numel() <= TRIAL_WEIGHTS
         }  # fmt: skip
-        self.seed = seed
+        self.seed, self.bypass = seed, bypass
         self.statistics = statistics
         self._split = {name: _split(statistics[name]) for name in self.specs}
         self._costs: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in self.specs}
@@ -104,7 +109,7 @@ class Trials:
         for done, (name, spec) in enumerate(self.specs.items()):
             progress(done, len(self.specs), f"{name}, ℓ {widths[name]}")
             fitted, held = self._split[name]
-            plan = plan_block("trial", spec, Recipe(latent_dim=widths[name], variant="fixed"))
+            plan = plan_block("trial", spec, Recipe(latent_dim=widths[name], variant="fixed", bypass=self.bypass))
             starts[name] = initialise(spec, plan, fitted, seed=self.seed)
             if widths[name] < spec.hidden_size:
                 self._costs[name][widths[name]] = _cost(spec, starts[name], fitted, held)

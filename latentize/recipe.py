@@ -77,7 +77,8 @@ class Recipe(BaseModel):
     and keeps N and k (variant "fixed") unless told otherwise. `variant` says what the saving buys: "acc" αN experts
     and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
-    `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
+    `bypass` r > 0 adds a linear map of rank r around the routed experts of each block, which leaves the plain LatentMoE
+    form. `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
     the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
     usual ones.
 
@@ -95,6 +96,7 @@ class Recipe(BaseModel):
     topk_factor: Annotated[int, Field(ge=1, le=64)] | None = None
     init: Literal["activation", "weights"] = "activation"
     heal_steps: Annotated[int, Field(ge=0)] | None = None
+    bypass: Annotated[int, Field(ge=0)] = 0
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -130,6 +132,12 @@ class Recipe(BaseModel):
             raise ValueError(
                 'compression: auto saves bytes, and variant acc spends them on more experts; use "fixed" or "eff"'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _bypass_has_data(self) -> Self:
+        if self.bypass and self.init == "weights":
+            raise ValueError("bypass is fitted to calibration data, which init: weights does not look at")
         return self
 
     @model_validator(mode="after")

@@ -46,6 +46,8 @@ def experts_forward(spec: MoESpec, hidden: Tensor, routing: Routing) -> Tensor:
             output = expert_forward(spec.experts, expert, latent[token]) * weight
         combined.index_add_(0, token, output)
     output = combined if spec.latent is None else combined @ spec.latent.up.T
+    if spec.latent is not None and spec.latent.bypass_down is not None and spec.latent.bypass_up is not None:
+        output = output + hidden @ spec.latent.bypass_down.T @ spec.latent.bypass_up.T
     if spec.experts.num_identity:
         passed = (routing.weights * (routing.indices >= spec.num_experts)).sum(-1, keepdim=True)
         output = output + hidden * passed.to(hidden.dtype)

@@ -145,7 +145,7 @@ def limits(report: Report) -> Iterator[str]:
 def totals(report: Report) -> dict[str, int]:
     """The plans' costs, summed over the rewritten blocks."""
     names = ("weight_bytes", "dispatch_bytes", "stored_bytes", "flops")
-    fields = [*(f"{name}_{when}" for name in names for when in ("before", "after")), "projection_bytes"]
+    fields = [*(f"{name}_{when}" for name in names for when in ("before", "after")), "projection_bytes", "bypass_bytes"]
     return {field: sum(getattr(block.plan, field) or 0 for block in report.rewritten) for field in fields}
 
 

@@ -105,6 +105,11 @@ def convert(options: Options) -> None:
         source = open_model(options.model)
     if options.max_loss is not None and source.evaluate is None:
         raise LatentizeError("--max-loss needs an evaluate(model) in model.py, which this model does not have; add one")
+    if options.recipe.bypass and source.calibration is None:
+        raise LatentizeError(
+            f"bypass {options.recipe.bypass} is fitted to calibration data, which this model does not have; add "
+            "calibration_data() to model.py, or set bypass to 0"
+        )
     origin = Origin.of(source.model, source)
     with steps.step("inspect"):
         survey = conversion.survey(source.model, source.args, source.kwargs, options.recipe)
@@ -172,6 +177,10 @@ def check_request(options: Options) -> None:
         raise LatentizeError(
             f"--export {options.checkpoints[0]}: its architecture has one latent size for all blocks, and compression "
             "auto gives each its own; give --latent-dim (`latentize inspect MODEL --calibrate` shows what widths cost)"
+        )
+    if options.recipe.bypass and options.checkpoints:
+        raise LatentizeError(
+            f"--export {options.checkpoints[0]}: its architecture has no place for a bypass; leave out one of them"
         )
     if options.onnx_form != "auto":
         if not options.graphs:

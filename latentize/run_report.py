@@ -146,7 +146,7 @@ def _plan(plan: BlockPlan, stored_before: int, stored_after: int) -> Plan:
         top_k_before=plan.top_k,
         top_k_after=plan.new_top_k,
         weight_bytes_before=plan.expert_bytes_before,
-        weight_bytes_after=plan.expert_bytes_after + plan.projection_bytes,
+        weight_bytes_after=plan.expert_bytes_after + plan.projection_bytes + plan.bypass_bytes,
         dispatch_bytes_before=plan.dispatched_bytes_before,
         dispatch_bytes_after=plan.dispatched_bytes_after,
         stored_bytes_before=stored_before,
@@ -157,6 +157,9 @@ def _plan(plan: BlockPlan, stored_before: int, stored_after: int) -> Plan:
         predicted_loss=plan.predicted_loss,
         spectrum=plan.spectrum,
         projection_bytes=plan.projection_bytes,
+        bypass_rank=plan.bypass_rank,
+        bypass_bytes=plan.bypass_bytes,
+        error_without_bypass=plan.error_without_bypass,
     )
 
 
@@ -209,8 +212,9 @@ def _bytes(spec: MoESpec) -> int:
 
 
 def _stored_after(plan: BlockPlan) -> int:
-    """Bytes of a block's experts and projections once it is rewritten."""
-    return plan.new_num_experts * plan.expert_bytes_after // plan.new_top_k + plan.projection_bytes
+    """Bytes of a block's experts, projections and bypass once it is rewritten."""
+    experts = plan.new_num_experts * plan.expert_bytes_after // plan.new_top_k
+    return experts + plan.projection_bytes + plan.bypass_bytes
 
 
 def _state_bytes(model: nn.Module) -> int:

@@ -78,10 +78,24 @@ class ExpertsSpec:
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The shared projections around the routed experts: z = down x, y = up (Σ w f(z)). Bias-free."""
+    """The shared projections around the routed experts: z = down x, y = up (Σ w f(z)). Bias-free.
+
+    With a bypass of rank r, a linear way around all of this, y = up (Σ w f(z)) + bypass_up (bypass_down x).
+    """
 
     down: Tensor  # [l, d]
     up: Tensor  # [d, l]
+    bypass_down: Tensor | None = None  # [r, d]
+    bypass_up: Tensor | None = None  # [d, r]
+
+    def __post_init__(self) -> None:
+        if (self.bypass_down is None) != (self.bypass_up is None):
+            raise ValueError("bypass_down and bypass_up: one is missing; a bypass has both, or there is none")
+
+    @property
+    def bypass_rank(self) -> int:
+        """Rank r of the bypass; 0 without one."""
+        return 0 if self.bypass_down is None else self.bypass_down.shape[0]
 
 
 @dataclass(frozen=True)
@@ -89,8 +103,8 @@ class MoESpec:
     """One MoE block's routed path. Shared experts, residuals and norms are not part of it.
 
     With `latent` None the experts work at the hidden size d; otherwise at the latent size l, and the experts'
-    tensors have l where `ExpertsSpec` says d. The routed output is multiplied by `output_scale` and gets
-    `output_bias` [d] added.
+    tensors have l where `ExpertsSpec` says d. The routed output, a bypass and identity experts included, is multiplied
+    by `output_scale` and gets `output_bias` [d] added.
     """
 
     router: RouterSpec
@@ -182,6 +196,8 @@ class MoESpec:
             words.append(f"{e.num_identity} identity experts")
         if self.latent is not None:
             words.append(f"latent {self.hidden_size}→{self.latent_dim}")
+            if self.latent.bypass_rank:
+                words.append(f"bypass of rank {self.latent.bypass_rank}")
         return ", ".join(words)
 
 

@@ -29,13 +29,17 @@ def random_experts(
 
 def random_block(
     normal: Callable[..., Tensor], d: int, width: int, m: int, n: int, k: int,
-    *, latent=True, gated=True, biases=False, identity=0, **routing,
+    *, latent=True, gated=True, biases=False, identity=0, bypass=0, **routing,
 ) -> MoESpec:  # fmt: skip
-    """N experts m wide at width `width`, or at d where it is not latent, with tensors that `normal` draws by shape."""
+    """N experts m wide at width `width`, or at d where it is not latent, with tensors that `normal` draws by shape.
+
+    `bypass` is the rank of a linear map around them; 0 for none.
+    """
     width, rows = width if latent else d, n + identity
     activation = Activation("silu" if gated else "relu_squared")
     experts = random_experts(
         normal, width, m, n, gated=gated, biases=biases, activation=activation, identity=identity
     )
     router = RouterSpec(normal(rows, d), k, bias=normal(rows) if biases else None, **routing)
-    return MoESpec(router, experts, LatentSpec(normal(width, d), normal(d, width)) if latent else None)
+    around = (normal(bypass, d), normal(d, bypass)) if bypass else (None, None)
+    return MoESpec(router, experts, LatentSpec(normal(width, d), normal(d, width), *around) if latent else None)

@@ -102,6 +102,8 @@ def test_one_size_for_all_layers_and_no_banks(result):
     specs = {block.name: block.spec for block in result.blocks}
     first, second = specs
     plans = dict(result.plan)
+    with pytest.raises(LatentizeError, match="would have a bypass, which NemotronH cannot express"):
+        nemotron_h.check(original(), specs, {**plans, first: replace(plans[first], bypass_rank=2)})
     with pytest.raises(LatentizeError, match="one latent size"):
         nemotron_h.check(original(), specs, {**plans, first: replace(plans[first], latent_dim=8)})
     with pytest.raises(LatentizeError, match="2 layers are MoE and 1 of them"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_whole_model_agrees_at_one_token_and_several_lengths_and_batches(lm: tup
     agreement = check_onnx(path, model, fresh_ids((1, 1), (1, 7), (3, 1), (2, 16), (1, 64)))
     assert agreement.error < 2e-6  # fp32 on both sides, sums in another order
     assert [c.shapes for c in agreement.comparisons][:2] == [((1, 1),), ((1, 7),)]
+
+
+def test_a_bypass_goes_around_the_node(tmp_path: Path) -> None:
+    model = Lm()
+    for i, block in enumerate(model.blocks):
+        spec, draw = block.spec, torch.Generator().manual_seed(20 + i)
+        down, up = (0.3 * torch.randn(*shape, generator=draw) for shape in ((3, D), (D, 3)))
+        around = replace(spec.latent, bypass_down=down, bypass_up=up)
+        model.blocks[i] = LatentMoE(replace(spec, latent=around, output_scale=1.5))
+    path = tmp_path / "model.onnx"
+    export_onnx(model, (torch.zeros(1, 4, dtype=torch.long),), {}, path)
+    nodes = [n for n in onnx.load(path).graph.node if n.op_type == "LatentExperts"]
+    assert len(nodes) == 2
+    agreement = check_onnx(path, model, fresh_ids((1, 1), (1, 7), (3, 1), (2, 16), (1, 64)))
+    assert agreement.error < 2e-6  # fp32 on both sides, sums in another order
+    with torch.no_grad():
+        model.blocks[1].experts.bypass_up.zero_()
+    with pytest.raises(GateError):
+        check_onnx(path, model, fresh_ids((1, 7)))
 
 
 def test_file_holds_one_node_per_block_and_passes_the_full_checker(lm: tuple[Lm, Path]) -> None:

@@ -41,6 +41,7 @@ BLOCKS = {
     "ungated": {"gated": False},
     "biases": {"biases": True},
     "identity": {"identity": 3},
+    "bypass": {"bypass": 4, "factor": 0.5},
     "scaled": {"factor": 0.5},
     "narrow": {"d": 5, "width": 3, "m": 2},
     "wide": {"d": 130, "width": 70, "m": 300, "n": 5},
@@ -255,6 +256,9 @@ def test_an_absent_tensor_that_appears_is_seen():
         before = module(x)
         module.experts.output_bias = nn.Parameter(torch.ones(24))
         assert_close(module(x), before + 1)
+        module.experts.bypass_down = nn.Parameter(torch.eye(24))
+        module.experts.bypass_up = nn.Parameter(3 * torch.eye(24))
+        assert_close(module(x), before + 1 + 3 * x)
         module.router.selection_bias = torch.tensor([9.0, 9.0, 9.0, 0.0, 0.0, 0.0])
         assert sorted(module.router(x).indices[0].tolist()) == [0, 1, 2]
 

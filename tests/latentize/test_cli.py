@@ -45,7 +45,7 @@ def stub(monkeypatch):
 def test_help_names_every_option_and_command(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for word in ("MODEL", "--output", "--compression", "--latent-dim", "--variant", "--heal", "--export", "--recipe",
+    for word in ("MODEL", "--output", "--compression", "--latent-dim", "--variant", "--bypass", "--heal", "--export", "--recipe",
                  "--dry-run", "--resume", "--max-loss", "inspect", "compare", "bench", "build"):  # fmt: skip
         assert word in out
 
@@ -62,11 +62,12 @@ def test_help_and_version_import_nothing_heavy():
 
 
 def test_the_default_command_converts_wherever_the_model_stands(capsys, stub):
-    assert call(capsys, "-o", "out", "model.py:tiny", "--compression", "4", "--variant", "fixed", "--heal", "0")[0] == 0
+    options = ["--compression", "4", "--variant", "fixed", "--heal", "0", "--bypass", "16"]
+    assert call(capsys, "-o", "out", "model.py:tiny", *options)[0] == 0
     assert stub.options.model == "model.py:tiny"
     assert stub.options.out == Path("out")
     recipe = stub.options.recipe
-    assert (recipe.compression, recipe.variant, recipe.heal_steps) == (4.0, "fixed", 0)
+    assert (recipe.compression, recipe.variant, recipe.heal_steps, recipe.bypass) == (4.0, "fixed", 0, 16)
     assert stub.options.exports == ()
 
 
@@ -150,6 +151,9 @@ def test_the_default_output_is_named_after_the_model(model, out):
         (["plain.py", "--compression", "2", "--latent-dim", "8"], "give one of them"),
         (["plain.py", "--variant", "best"], "'best' is not one of"),
         (["plain.py", "--heal", "-1"], "-1 is not in the range"),
+        (["plain.py", "--bypass", "-1"], "-1 is not in the range"),
+        (["plain.py", "--bypass", "4"], "bypass 4 is fitted to calibration data, which this model does not have"),
+        (["plain.py", "--bypass", "4", "--export", "nemotron_h"], "its architecture has no place for a bypass"),
         (["plain.py", "--export", "onnx,coreml"], "--export coreml"),
         (["plain.py", "--recipe", "typo.yaml"], "did you mean 'compression'"),
         (["plain.py", "--recipe", "absent.yaml"], "absent.yaml: cannot be read"),

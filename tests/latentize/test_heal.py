@@ -103,6 +103,25 @@ def test_healing_brings_the_output_closer_and_says_by_how_much():
     assert held_out == pytest.approx(report.loss_after)
 
 
+def test_a_bypass_is_trained_in_both_stages():
+    def bypassed(spec: MoESpec) -> MoESpec:
+        generator = torch.Generator().manual_seed(3)
+        down, up = (0.2 * torch.randn(*shape, generator=generator) for shape in ((2, HIDDEN), (HIDDEN, 2)))
+        return replace(spec, latent=replace(spec.latent, bypass_down=down, bypass_up=up))
+
+    models = pair(change=bypassed)
+    before, plan = weights(models[2]), replace(QUICK, model_steps=0)
+    assert heal(*models, batches(), steps=plan, seed=0).improved
+    middle = weights(models[2])
+    assert heal(*models, batches(), steps=replace(QUICK, block_steps=0), seed=0).improved
+    after = weights(models[2])
+    names = [name for name in before if "bypass_" in name]
+    assert len(names) == 4
+    for name in names:
+        assert not torch.equal(before[name], middle[name])
+        assert not torch.equal(middle[name], after[name])
+
+
 def test_reported_loss_is_that_of_the_weights_left_in_the_student():
     student, teacher, *blocks = pair()
     calibration = batches()

@@ -30,6 +30,8 @@ VARIANTS = {
     "ungated": {"gated": False},
     "biases": {"biases": True},
     "identity": {"identity": 3},
+    "bypass": {"bypass": 2},
+    "bypass, identity, biases": {"bypass": 7, "identity": 3, "biases": True},
     "input": {"applies_to": "input"},
     "topk first": {"order": "topk_first"},
     "sigmoid": {"score": "sigmoid", "normalize": "sum", "eps": 1e-20, "scale": 2.5},
@@ -44,6 +46,16 @@ VARIANTS = {
 def test_module_is_the_reference(options):
     spec, x = block(**options), normal(20, 8)
     assert_close(LatentMoE(spec)(x), moe_forward(spec, x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_bypass_is_added_before_the_scale_and_the_bias(scale):
+    spec, x = replace(block(bypass=2), output_scale=scale, output_bias=normal(8)), normal(20, 8)
+    without = replace(spec, latent=replace(spec.latent, bypass_down=None, bypass_up=None), output_bias=None)
+    around = x @ (spec.latent.bypass_up @ spec.latent.bypass_down).T
+    expected = moe_forward(without, x) + scale * around + spec.output_bias
+    assert_close(moe_forward(spec, x), expected, rtol=1e-12, atol=1e-12)
+    assert_close(LatentMoE(spec)(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_projections_by_hand():

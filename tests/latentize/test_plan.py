@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latentize.errors import LatentizeError
 from latentize.forecast import Curve, Forecast
-from latentize.plan import BlockPlan, effective_rank, make_plan
+from latentize.plan import BlockPlan, check_bypass, effective_rank, make_plan
 from latentize.recipe import Recipe
 from latentize.spec import ExpertsSpec, Groups, LatentSpec, MoESpec, RouterSpec
 from latentize.statistics import BlockStatistics, Sample
@@ -63,6 +63,32 @@ def test_sizes_bytes_and_flops_by_hand() -> None:
     assert p.flops_before == 2 * 32 * 8 + 2 * 2 * 3 * 6 * 32
     assert p.flops_after == 2 * 32 * 16 + 2 * 4 * 3 * 6 * 16 + 2 * 2 * 32 * 16
     assert p.warnings == ()
+
+
+def test_a_bypass_is_counted_beside_the_projections_and_there_is_none_at_the_full_width() -> None:
+    bare, p = plan(make_spec(), compression=2), plan(make_spec(), compression=2, bypass=5)
+    assert (p.bypass_rank, p.bypass_bytes) == (5, 2 * 32 * 5 * 4)
+    assert (p.projection_bytes, p.expert_bytes_after) == (bare.projection_bytes, bare.expert_bytes_after)
+    assert p.flops_after == bare.flops_after + 2 * 2 * 32 * 5
+    assert plan(make_spec(), compression=2, bypass=5, dtype="bfloat16").bypass_bytes == 2 * 32 * 5 * 2
+    assert (bare.bypass_rank, bare.bypass_bytes) == (0, 0)
+    full = plan(make_spec(), latent_dim=D, bypass=5)
+    assert (full.bypass_rank, full.bypass_bytes) == (0, 0)
+
+
+@pytest.mark.parametrize("rank", [D, D + 1])
+def test_a_bypass_as_wide_as_the_block_is_refused(rank: int) -> None:
+    with pytest.raises(LatentizeError, match=rf"layer: bypass {rank} is not below the hidden size 32"):
+        plan(make_spec(), compression=2, bypass=rank)
+
+
+def test_a_bypass_without_tokens_is_refused() -> None:
+    spec = make_spec()
+    for statistics in (None, make_statistics(torch.eye(D, dtype=torch.float64))):
+        with pytest.raises(LatentizeError, match="layer: bypass 5 is fitted to calibration data, and none reaches"):
+            check_bypass(spec, plan(spec, compression=2, bypass=5), statistics)
+        check_bypass(spec, plan(spec, latent_dim=D, bypass=5), statistics)
+        check_bypass(spec, plan(spec, compression=2), statistics)
 
 
 def test_variants_dtype_and_ungated_experts() -> None:

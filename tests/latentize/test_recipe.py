@@ -48,6 +48,15 @@ def test_contradictions_are_refused_in_one_line(values, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bypass_is_a_rank_and_needs_data():
+    assert Recipe().bypass == 0
+    assert Recipe(bypass=16).bypass == 16
+    with pytest.raises(LatentizeError, match="bypass = -1 is not accepted"):
+        Recipe(bypass=-1)
+    with pytest.raises(LatentizeError, match="bypass is fitted to calibration data, which init: weights does not"):
+        Recipe(bypass=16, init="weights")
+
+
 def test_there_is_no_one_width_to_ask_for():
     with pytest.raises(LatentizeError, match="chosen for each block"):
         auto().latent_dim_for(64)

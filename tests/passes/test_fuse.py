@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 D, L, M, N, K = 12, 5, 7, 6, 2
 
 
-def moe(dtype=torch.float64, scale=1.5) -> LatentMoE:
+def moe(dtype=torch.float64, scale=1.5, bypass=0) -> LatentMoE:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -28,6 +29,8 @@ def moe(dtype=torch.float64, scale=1.5) -> LatentMoE:
 
     experts = ExpertsSpec(normal(N, M, L), normal(N, L, M), normal(N, M, L), activation=Activation("silu"))
     latent = LatentSpec(normal(L, D), normal(D, L))
+    if bypass:
+        latent = replace(latent, bypass_down=normal(bypass, D), bypass_up=normal(D, bypass))
     return LatentMoE(MoESpec(RouterSpec(normal(N, D), K, normalize="sum"), experts, latent, output_scale=scale))
 
 
@@ -82,6 +85,21 @@ def test_all_of_them_keep_the_output_with_two_products_instead_of_six():
     assert names == {"fused_projections_0", "latent_up_scaled_0", "moe", "down"}
     axes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
     assert_same(torch.export.export(graph, (tokens(2, 5),), dynamic_shapes=axes).module(), block)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_a_bypass_is_kept(scale: float):
+    block = Block()
+    block.moe = moe(scale=scale, bypass=3)
+    graph = graph_of(block)
+    before = operations(graph)["linear"]
+    assert before == 8
+    assert fuse(graph).modified
+    assert sum(operations(graph)[name] for name in ("linear", "addmm")) <= before - 3
+    assert_same(graph, block)
+    without = Block()
+    without.moe = moe(scale=scale)
+    assert not torch.allclose(graph(tokens(2, 5)), without(tokens(2, 5)))
 
 
 def test_they_stand_in_a_pass_manager():
