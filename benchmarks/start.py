@@ -3,6 +3,7 @@
     python benchmarks/start.py                          every start, without healing (minutes)
     python benchmarks/start.py --heal                   healed for as many steps as latentize chooses (an hour)
     python benchmarks/start.py --compression 4 --variant acc --init activation --heal 400
+    python benchmarks/start.py --init activation --bypass 0 16 32       with a bypass of these ranks
 
 Rows of earlier runs stay in benchmarks/results/start.json; a row measured again replaces its old self.
 """
@@ -30,8 +31,9 @@ import latentize
 START_BATCHES = 16
 KEY = ("compression", "variant", "init", "heal", "seed", "bypass")
 COLUMNS = {
-    "compression": "g", "variant": "", "init": "", "heal": "", "seed": "d", "bypass": "d", "original": ".4f", "bits_per_byte": ".4f",
-    "rise_percent": "+.2f", "block_error": ".3f", "weight_bytes": ",d", "seconds": ".0f",
+    "compression": "g", "variant": "", "init": "", "heal": "", "seed": "d", "bypass": "d", "original": ".4f",
+    "bits_per_byte": ".4f", "rise_percent": "+.2f", "block_error": ".3f", "weight_bytes": ",d", "bypass_bytes": ",d",
+    "seconds": ".0f",
 }  # fmt: skip
 
 

@@ -57,8 +57,8 @@ def check(model: nn.Module, specs: Mapping[str, MoESpec], plans: Mapping[str, Bl
         _expressible(name, spec)
         if plans[name].bypass_rank:
             raise LatentizeError(
-                f"block {name!r}: it would have a bypass, which NemotronH cannot express; leave out this export, or set "
-                "bypass to 0"
+                f"block {name!r}: it would have a bypass, which NemotronH cannot express; leave out this export, or "
+                "set bypass to 0"
             )
         if plans[name].experts_factor != plans[name].topk_factor:
             raise LatentizeError(

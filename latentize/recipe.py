@@ -78,9 +78,9 @@ class Recipe(BaseModel):
     and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
     `bypass` r > 0 adds a linear map of rank r around the routed experts of each block, which leaves the plain LatentMoE
-    form. `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
-    the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
-    usual ones.
+    form. `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None
+    keeps the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none
+    for the usual ones.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.

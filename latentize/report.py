@@ -99,10 +99,11 @@ class Plan:
     """What becomes of one block: sizes, and the costs of its routed path per token, before and after.
 
     `weight_bytes` are read for one token: its k experts and, after, the two projections (`projection_bytes`) and the
-    bypass of `bypass_rank` (`bypass_bytes`), read once per batch. `dispatch_bytes` cross to and from the experts (2 · k · width); `stored_bytes` are the block's
-    parameters. `predicted_error` is relative, for the start, and `predicted_loss` what it adds to the loss: nats per
-    position, or the relative squared error of an output that is not class scores. `spectrum` holds the d singular
-    values that decide ℓ, largest first. `error_without_bypass` is what would be predicted without the bypass.
+    bypass of `bypass_rank` (`bypass_bytes`), both read once per batch. `dispatch_bytes` cross to and from the experts
+    (2 · k · width); `stored_bytes` are the block's parameters. `predicted_error` is relative, for the start, and
+    `predicted_loss` what it adds to the loss: nats per position, or the relative squared error of an output that is not
+    class scores; `error_without_bypass` is the error predicted without the bypass. `spectrum` holds the d singular
+    values that decide ℓ, largest first.
     """
 
     hidden_size: int

@@ -45,8 +45,9 @@ def stub(monkeypatch):
 def test_help_names_every_option_and_command(capsys):
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for word in ("MODEL", "--output", "--compression", "--latent-dim", "--variant", "--bypass", "--heal", "--export", "--recipe",
-                 "--dry-run", "--resume", "--max-loss", "inspect", "compare", "bench", "build"):  # fmt: skip
+    for word in ("MODEL", "--output", "--compression", "--latent-dim", "--variant", "--bypass", "--heal",
+                 "--export", "--recipe", "--dry-run", "--resume", "--max-loss",
+                 "inspect", "compare", "bench", "build"):  # fmt: skip
         assert word in out
 
 
