@@ -42,10 +42,8 @@ def print_blocks(console: Console, blocks: Sequence[Block], left: Mapping[str, s
 
 def print_plan(console: Console, plans: Mapping[str, Plan], spent: str = "") -> None:
     """What becomes of each block, and what it costs per token before and after; `spent` says what a budget bought."""
-    bypasses = any(plan.bypass_rank for plan in plans.values())
     table = new_table("Plan", "block", "d → ℓ", "N → N'", "k → k'", "weights/token", "dispatched/token",
-                      "FLOPs/token", "stored", "predicted error",
-                      *(["bypass: rank, its bytes, error without"] if bypasses else []))  # fmt: skip
+                      "FLOPs/token", "stored", "predicted error")  # fmt: skip
     for name, plan in plans.items():
         table.add_row(
             name,
@@ -57,18 +55,22 @@ def print_plan(console: Console, plans: Mapping[str, Plan], spent: str = "") -> 
             _change(plan.flops_before, plan.flops_after),
             _change(plan.stored_bytes_before, plan.stored_bytes_after, "B"),
             small(plan.predicted_error),
-            *([_bypass(plan)] if bypasses else []),
         )
     console.print(table)
+    if any(plan.bypass_rank for plan in plans.values()):
+        _print_bypasses(console, plans)
     if spent:
         console.print(spent)
 
 
-def _bypass(plan: Plan) -> str:
-    """What a block's bypass takes, beside what would be predicted without it."""
-    if not plan.bypass_rank:
-        return ""
-    return f"{plan.bypass_rank}, {amount(plan.bypass_bytes, 'B')}, {small(plan.error_without_bypass)}"
+def _print_bypasses(console: Console, plans: Mapping[str, Plan]) -> None:
+    """What each bypass takes, beside what it is predicted to give."""
+    heads = "block", "rank", "bytes", "predicted error without", "with"
+    table = new_table("Bypass of the experts, in the weights above", *heads)
+    for name, plan in plans.items():
+        rank, taken = str(plan.bypass_rank), amount(plan.bypass_bytes, "B")
+        table.add_row(name, rank, taken, small(plan.error_without_bypass), small(plan.predicted_error))
+    console.print(table)
 
 
 def print_outlook(console: Console, outlook: Outlook) -> None:

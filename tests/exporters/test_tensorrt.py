@@ -23,14 +23,16 @@ from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 D, L, M, N, K = 16, 8, 16, 6, 2
 
 
-def make_block() -> LatentMoE:
+def make_block(bypass: int = 0) -> LatentMoE:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * 0.3
 
     experts = ExpertsSpec(draw(N, M, L), draw(N, L, M), draw(N, M, L))
-    return LatentMoE(MoESpec(RouterSpec(draw(N, D), K, normalize="sum"), experts, LatentSpec(draw(L, D), draw(D, L))))
+    router, projections = RouterSpec(draw(N, D), K, normalize="sum"), (draw(L, D), draw(D, L))
+    around = (draw(bypass, D), draw(D, bypass)) if bypass else ()
+    return LatentMoE(MoESpec(router, experts, LatentSpec(*projections, *around)))
 
 
 def write_onnx(model: nn.Module, folder: Path, *args: torch.Tensor) -> None:
@@ -41,10 +43,10 @@ def write_onnx(model: nn.Module, folder: Path, *args: torch.Tensor) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["portable", "SM80"])
-def test_engine_is_built_on_a_machine_without_a_gpu(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "bypass"), [("portable", 0), ("SM80", 0), ("portable", 3)])
+def test_engine_is_built_on_a_machine_without_a_gpu(target: str, bypass: int, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    write_onnx(make_block(), tmp_path, torch.zeros(2, 5, D))
+    write_onnx(make_block(bypass), tmp_path, torch.zeros(2, 5, D))
     steps = []
     profiles = (Profile((1, 1, 2), (1, 16, 32)), Profile((1, 1, 1), (1, 1, 1)))
     (engine,) = build(tmp_path, targets=(target,), profiles=profiles, progress=lambda *step: steps.append(step))
@@ -56,7 +58,7 @@ def test_engine_is_built_on_a_machine_without_a_gpu(target: str, tmp_path: Path)
     assert engine.library.startswith("tensorrt-rtx ")
     assert built_by(tmp_path / engine.file) == f"by {engine.library}, "
     assert (engine.dtype, engine.plugins, engine.plan) == ("float", 0, None)
-    assert engine.layers["MATRIX_MULTIPLY"] >= 6  # router, projections, three products of the experts
+    assert engine.layers["MATRIX_MULTIPLY"] >= 6 + 2 * bool(bypass)  # router, projections, three of the experts
     assert any(note.startswith(f"{target}: ") and done <= total for done, total, note in steps)
     assert {p.name for p in tmp_path.iterdir()} == {"model.onnx", engine.file}
 

@@ -36,13 +36,15 @@ def converted(family, dtype=torch.float32, **recipe):
         if "gate" in name or "router" in name:
             tensor.data.mul_(20)  # far from ties
     ids = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(1))
-    return latentize.convert(model, kwargs={"input_ids": ids}, recipe=latentize.Recipe(heal_steps=0, **recipe)), ids
+    kwargs, wanted = {"input_ids": ids}, latentize.Recipe(heal_steps=0, **recipe)
+    return latentize.convert(model, kwargs=kwargs, recipe=wanted, calibration=[kwargs] if wanted.bypass else None), ids
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families_come_back_in_their_auto_class(family, tmp_path):
-    result, ids = converted(family, compression=2)
+@pytest.mark.parametrize(("family", "bypass"), [*((family, 0) for family in FAMILIES), ("olmoe", 4)])
+def test_families_come_back_in_their_auto_class(family, bypass, tmp_path):
+    result, ids = converted(family, compression=2, bypass=bypass)
     assert result.rewritten
+    assert all((block.experts.bypass_up is not None) == bool(bypass) for block in result.rewritten.values())
     result.save(tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert 'AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)' in card

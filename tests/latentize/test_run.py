@@ -123,6 +123,28 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(net, capsys):
     assert names(net) == ["net.py"]
 
 
+def test_a_bypass_is_shown_with_its_cost_and_its_gain_and_goes_all_the_way(net, capsys):
+    arguments = ["net.py", "-o", "out", "--latent-dim", "8", "--bypass", "3", "--heal", "4", "--export", "onnx"]
+    code, out, err = call(capsys, *arguments, "--dry-run")
+    assert code == 0, err
+    table = out.partition("Bypass of the experts")[2]
+    rank, taken, unit, without, error = next(line.split()[1:] for line in table.splitlines() if line.startswith("moe "))
+    assert (rank, taken, unit) == ("3", str(2 * 3 * 16 * 4), "B")
+    assert 0 < float(error) < float(without) < 1
+    code, out, err = call(capsys, *arguments)
+    assert code == 0, err
+    kept = report.read(net / "out")
+    plan = kept.blocks[0].plan
+    assert (plan.bypass_rank, plan.bypass_bytes) == (3, 2 * 3 * 16 * 4)
+    assert plan.predicted_error < plan.error_without_bypass
+    assert kept.recipe["bypass"] == 3
+    assert all(row.passed for row in kept.onnx)
+    assert "rank 3</td>" in (net / "out" / "report.html").read_text()
+    assert call(capsys, "compare", "out")[0] == 0
+    code, out, _ = call(capsys, "inspect", "out", "--json")
+    assert [block["status"] for block in json.loads(out)] == ["latent"]
+
+
 def test_a_dry_run_finds_what_would_fail_at_the_end(net, capsys):
     (net / "out").mkdir()
     (net / "out" / "mine.txt").write_text("")
