@@ -16,12 +16,12 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def keep(name: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
     """Write `rows` to results/NAME.json, in place of those there whose `key` columns are the same; returns all.
 
-    A column that a row of an earlier version lacks counts as 0.
+    A column that a row kept earlier lacks counts as 0.
     """
     path = RESULTS / f"{name}.json"
     environment = asdict(Environment.here())
     new = [{**row, "environment": environment} for row in rows]
-    replaced = {tuple(row.get(column, 0) for column in key) for row in new}
+    replaced = {tuple(row[column] for column in key) for row in new}
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in old if tuple(row.get(column, 0) for column in key) not in replaced]
     merged = sorted(kept + new, key=lambda row: tuple(str(row.get(column, 0)) for column in key))

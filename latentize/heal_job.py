@@ -31,7 +31,7 @@ from latentize.soap import Soap
 Stage = Literal["blocks", "model", "done"]
 
 #: Measured over 400 steps: projections and routers may take larger relative steps than experts. Over 100 steps smaller
-#: ones (0.35) look better for the projections, and end worse.
+#: ones (0.35) look better for the projections, and end worse. A bypass is taken for a pair of projections.
 RATE_FACTORS = {"latent_": 1.4, "bypass_": 1.4, "router.": 1.6}
 #: How often a stage may go back to its best weights with a smaller rate before it ends, and the factor on the rate.
 FALL_BACKS, FALL_BACK_RATE = 2, 0.3
