@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from latentize.errors import LatentizeError, ResourceError, first_line
 from latentize.inputs import buffers_kept
 from latentize.moe import LatentMoE
+from latentize.whole_files import written_whole
 
 #: Name of the state file in a checkpoint folder.
 STATE_FILE = "heal.pt"
@@ -117,16 +117,11 @@ class Checkpoint:
         """
         if self._path is None or not self._writes:
             return
-        partial = self._path.with_suffix(".partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with written_whole(self._path) as (path,), path.open("wb") as file:
                 torch.save({"fingerprint": self._fingerprint, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch says less than it
             raise ResourceError(
                 f"healing: its state could not be written to {self._path} ({first_line(why)}); free some disk and run "

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +28,7 @@ from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
 from latentize.load_balance import ExpertLoad
 from latentize.spec import MoESpec
+from latentize.whole_files import written_whole
 
 SCHEMA_VERSION = 1
 JSON_NAME = "report.json"
@@ -324,27 +323,16 @@ def read(out: Path) -> Report:
 
 
 def _write_together(folder: Path, texts: Mapping[str, str]) -> None:
-    """Files by name: all are written beside their places before the first takes its own."""
-    written: dict[Path, Path] = {}
-    path = folder
+    """Files by name, all of them or none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            path = folder / name
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            written[Path(temporary)] = path
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            Path(temporary).chmod(0o644)
-        for temporary_path, path in written.items():
-            temporary_path.replace(path)
+        with written_whole(*(folder / name for name in texts)) as paths:
+            for path, text in zip(paths, texts.values(), strict=True):
+                path.write_text(text, encoding="utf-8")
     except OSError as error:
-        for temporary_path in written:
-            temporary_path.unlink(missing_ok=True)
         raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder, and run again"
+            f"{folder / ' and '.join(texts)}: cannot be written ({error.strerror}); free some space or choose another "
+            "folder, and run again"
         ) from None
 
 
