@@ -304,11 +304,12 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
     """The latent spec of every block, computed from the original's weights and the statistics.
 
     Blocks are computed in the order in which the model runs them, up to `STAGES` groups of them one after the other:
-    what a group reads is measured with all earlier groups latent, so that it can make up for what they lose.
+    what a group reads is measured with all earlier groups latent, so that it can make up for what they lose. Where
+    healing follows they are all computed at once, on what the original reads: measured, that heals better.
     The recipe's dtype is that of experts and projections; routers keep theirs, since rounding changes who is chosen.
     """
     specs: dict[str, MoESpec] = {}
-    for stage in _stages(prepared):
+    for stage in _stages(prepared, healed=recipe.heal_steps != 0):
         readings = _readings(prepared, specs, stage)
         for name in stage:
             progress(len(specs), len(prepared.plans), name)
@@ -324,10 +325,10 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
     return {name: specs[name] for name in prepared.plans}
 
 
-def _stages(prepared: Prepared) -> list[list[str]]:
+def _stages(prepared: Prepared, *, healed: bool) -> list[list[str]]:
     """The blocks' names in the order in which the model runs them, in at most `STAGES` groups of about equal size."""
     names = list(prepared.plans)
-    if prepared.statistics is None:
+    if prepared.statistics is None or healed:
         return [names]
     order: dict[str, None] = {}
     with observing(prepared.teacher.model), tapped(prepared.teacher.blocks, lambda name, _: order.setdefault(name)):
