@@ -22,6 +22,8 @@ from latentize.initialise import initialise, token_weights
 from latentize.inputs import Batch, Inputs, observing
 from latentize.memory import trim
 from latentize.moe import LatentMoE
+from latentize.passes.find_shared import find_shared
+from latentize.passes.shared_expert import SharedExpert
 from latentize.plan import BlockPlan, check_plan, make_plan
 from latentize.predict import predict
 from latentize.progress import Progress, silent
@@ -31,7 +33,6 @@ from latentize.reread import Reading, reread
 from latentize.sources import as_inputs, check_runs, out_of_memory
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics, collect
-from latentize.passes.shared_expert import SharedExpert, find_shared
 from latentize.taps import BlockCall, tapped
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model and the `LatentMoE` blocks inside it, by the names of the original blocks; and shared experts refitted."""
+    """A model and the `LatentMoE` blocks inside it, by the names of the original ones; and refitted shared experts."""
 
     model: nn.Module
     blocks: Mapping[str, LatentMoE]
@@ -115,7 +116,7 @@ def canonical(model: nn.Module, selected: Sequence[Found]) -> Rewritten:
 def rewrite(
     model: nn.Module, selected: Sequence[Found], specs: Mapping[str, MoESpec], refits: Mapping[str, Refit] | None = None
 ) -> Rewritten:
-    """The model with each selected block replaced by `specs` of its name, and with shared experts as they were refitted.
+    """The model with each selected block replaced by `specs` of its name, and with its shared experts as refitted.
 
     What the model and the specs share is copied, so that training the new blocks leaves the model as it is.
     """

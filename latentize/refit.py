@@ -1,8 +1,8 @@
 """The shared expert absorbs what the routed path lost: its last layer refitted in closed form. It takes no bytes.
 
-With S the sum of routed and shared output in the original and S' that in the converted model, token by token, and φ what
-the shared expert's last layer reads there, times its gate: ΔW = argmin Σ w² ‖S - S' - ΔW φ‖² + λ ‖ΔW‖². A metric of
-output errors would make no difference, the ridge being measured in it too: every output channel has the same features.
+With S the sum of routed and shared output in the original and S' that in the converted model, token by token, and φ
+what the shared expert's last layer reads there, times its gate: ΔW = argmin Σ w² ‖S - S' - ΔW φ‖² + λ ‖ΔW‖². A metric
+of output errors would make no difference, the ridge being measured in it too: all channels have the same features.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from latentize.progress import Steps
 from latentize.recipe import Recipe
 from latentize.report import OnnxAgreement
 from latentize.sources import Source, open_model, split_model
-from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics
 
 #: Batches that statistics are collected on in a dry run.

@@ -1,7 +1,7 @@
 """A copy of a model in which everything that a shared expert is known by runs as a module, so that hooks reach it.
 
-Submodules do already. In captured graphs products with a parameter, sums and what the routed experts read become modules
-here; nothing that is computed changes.
+Submodules do already. In captured graphs products with a parameter, sums and what the routed experts read become
+modules here; nothing that is computed changes.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _VIEWS = ("flatten", "unsqueeze", "movedim")
 
 class Product(nn.Module):
     """A product with a parameter, out of a graph."""
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -75,7 +77,9 @@ def _open(graph: fx.GraphModule) -> None:
 
 
 def _open_product(graph: fx.GraphModule, node: fx.Node) -> None:
-    held = [attribute(graph, str(a.target)) if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args]
+    held: list[object] = [
+        attribute(graph, str(a.target)) if isinstance(a, fx.Node) and a.op == "get_attr" else a for a in node.args
+    ]
     weight, bias = held[1], held[2] if len(held) > 2 else None
     if node.kwargs or not isinstance(weight, nn.Parameter) or not (bias is None or isinstance(bias, nn.Parameter)):
         return
