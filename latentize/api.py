@@ -151,12 +151,16 @@ def heal_student(
     """
     if not batches or recipe.heal_steps == 0:
         return None
-    steps = HealPlan.chosen(recipe.heal_steps)
-    if any(made.kept for made in student.refits.values()):  # then the routed output alone is no goal any more
-        steps = replace(steps, block_steps=0)
+    steps = heal_plan(recipe, student.refits)
     return heal(
         student.model, teacher.model, student.blocks, teacher.blocks, batches, steps=steps, seed=recipe.seed, **options
     )
+
+
+def heal_plan(recipe: Recipe, refits: Mapping[str, Refit]) -> HealPlan:
+    """How long to heal. Beside a refitted shared expert a block's routed output is no goal by itself any more."""
+    steps = HealPlan.chosen(recipe.heal_steps)
+    return replace(steps, block_steps=0) if any(made.kept for made in refits.values()) else steps
 
 
 def finish(

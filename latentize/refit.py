@@ -42,6 +42,7 @@ class Refit:
     held_out: int = 0
     error_before: float | None = None
     error_after: float | None = None
+    bytes_added: int = 0
     new_weight: Tensor | None = None
     new_bias: Tensor | None = None
 
@@ -62,7 +63,7 @@ class Refit:
             return self.reason
         change = f"{self.error_before:.4f} → {self.error_after:.4f} on {self.held_out} held-out tokens"
         if self.kept:
-            return f"{' and '.join(self.tensors)} refitted: error of routed + shared output {change}; 0 bytes added"
+            return f"{' and '.join(self.tensors)} refitted: error of routed + shared output {change}; {self.bytes_added} bytes added"
         return f"{self.weight} left as it is, {self.reason}: error of routed + shared output {change}"
 
 
@@ -221,4 +222,6 @@ class _Sums:
         made = replace(made, error_before=before, error_after=after)
         if not after < before or not bool(new.isfinite().all()):
             return replace(made, reason="a refit does not help on held-out tokens")
-        return replace(made, new_weight=new, new_bias=new_bias)
+        pairs = ((weight, new), (bias, new_bias))
+        added = sum(b.nbytes - a.nbytes for a, b in pairs if a is not None and b is not None)
+        return replace(made, new_weight=new, new_bias=new_bias, bytes_added=added)

@@ -203,7 +203,8 @@ def dry_run(job: Job) -> None:
     if prepared.forecast.curves:
         terminal.print_outlook(job.console, Outlook.of(prepared))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
-    notes = [_seen(job.batches), *_plan_warnings(job, prepared), f"would write {job.options.out}"]
+    shared = run_report.shared_experts(prepared, job.options.recipe)
+    notes = [_seen(job.batches), *_plan_warnings(job, prepared), *shared, f"would write {job.options.out}"]
     terminal.print_end(job.console, (), [*job.warnings, *notes], (), "")
 
 
