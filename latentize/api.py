@@ -178,8 +178,9 @@ def finish(
     """Put the result together; with `inplace` the blocks move into `model` itself, now that nothing can fail."""
     final = student.model
     if inplace:
+        changed = refit.changes(model, student.refits)
         final = passes.replace_blocks(model, survey.selected, student.blocks, inplace=True)
-        refit.apply(final, model, student.refits)
+        refit.apply(final, changed)
     for block in student.blocks.values():
         block.train(model.training)
     errors = {}

@@ -28,7 +28,7 @@ from latentize.plan import BlockPlan, check_plan, make_plan
 from latentize.predict import predict
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
-from latentize.refit import Refit, apply, refit
+from latentize.refit import Refit, apply, changes, refit
 from latentize.reread import Reading, reread
 from latentize.sources import as_inputs, check_runs, out_of_memory
 from latentize.spec import MoESpec
@@ -129,7 +129,7 @@ def rewrite(
     for item in selected:
         blocks[item.block.name] = LatentMoE(specs[item.block.name].map_tensors(own))
     student = passes.replace_blocks(model, selected, blocks)
-    apply(student, model, refits or {})
+    apply(student, changes(model, refits or {}))
     return Rewritten(student, blocks, refits or {})
 
 
@@ -414,7 +414,7 @@ def _latent_so_far(
     """The model in which the blocks of `specs` are latent, and all of its blocks."""
     blocks = {name: LatentMoE(specs.get(name, block.spec)) for name, block in prepared.teacher.blocks.items()}
     model = passes.replace_blocks(prepared.model, prepared.selected, blocks)
-    apply(model, prepared.model, refits)
+    apply(model, changes(prepared.model, refits))
     return model, blocks
 
 

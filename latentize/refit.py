@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from latentize.errors import first_line
 from latentize.inputs import Batch
 from latentize.output_fit import FIT_BYTES, RIDGE
 from latentize.passes.listening import listening, without_gradients
-from latentize.passes.shared_expert import Heard, NotASumError, SharedExpert, hear
+from latentize.passes.shared_expert import Heard, SharedExpert, hear
+from latentize.sources import out_of_memory
 from latentize.statistics import Sample
 
 #: One in so many batches is held out, or the last part of each batch's tokens where there are fewer batches.
@@ -63,7 +65,8 @@ class Refit:
             return self.reason
         change = f"{self.error_before:.4f} → {self.error_after:.4f} on {self.held_out} held-out tokens"
         if self.kept:
-            return f"{' and '.join(self.tensors)} refitted: error of routed + shared output {change}; {self.bytes_added} bytes added"
+            what = f"{' and '.join(self.tensors)} refitted"
+            return f"{what}: error of routed + shared output {change}; {self.bytes_added} bytes added"
         return f"{self.weight} left as it is, {self.reason}: error of routed + shared output {change}"
 
 
@@ -103,9 +106,11 @@ def refit(
             break
         try:
             before, after = (hear(model, listened, batch) for model in ears)
-        except NotASumError as error:
+        except Exception as error:  # NotASumError, or whatever code raises where gradients are taken
+            if out_of_memory(error):
+                raise
             for name in listened:
-                sums[name].failure = f"no longer a sum in calibration batch {number} ({error})"
+                sums[name].failure = f"calibration batch {number} does not add up as proved ({first_line(error)})"
             break
         held_out = number % HELD_OUT == HELD_OUT - 1 if len(batches) >= HELD_OUT else None
         for name in listened:
@@ -117,15 +122,20 @@ def refit(
     return {name: found[name] for name in experts}
 
 
-def apply(model: nn.Module, original: nn.Module, refits: Mapping[str, Refit]) -> None:
-    """Give a model that shares the original's parameters new ones where they were refitted, in place."""
-    named = {name: tensor for refit in refits.values() for name, tensor in refit.tensors.items()}
-    changed = {id(original.get_parameter(name)): tensor for name, tensor in named.items()}
+def changes(original: nn.Module, refits: Mapping[str, Refit]) -> list[tuple[nn.Parameter, Tensor]]:
+    """The original's parameters that were refitted, and what they become."""
+    named = {name: tensor for made in refits.values() for name, tensor in made.tensors.items()}
+    return [(original.get_parameter(name), tensor) for name, tensor in named.items()]
+
+
+def apply(model: nn.Module, changed: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Give a model new parameters in place of those of `changes`, which stay as they are."""
+    new = {id(parameter): tensor for parameter, tensor in changed}
     for module in list(model.modules()):
         for key, parameter in list(module._parameters.items()):
-            if id(parameter) in changed and parameter is not None:
-                new = changed[id(parameter)].to(parameter).clone()
-                module._parameters[key] = nn.Parameter(new, requires_grad=parameter.requires_grad)
+            if parameter is not None and id(parameter) in new:
+                value = new[id(parameter)].to(parameter).clone()
+                module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
 
 
 @dataclass

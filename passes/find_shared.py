@@ -49,7 +49,8 @@ def find_shared(
         return proved(search.runs, search.hypotheses())
     except Exception as error:  # code that does not run in fp64, or not under hooks
         _log.debug("looking for shared experts failed", exc_info=True)
-        return dict.fromkeys(blocks, f"the model does not run in fp64 with gradients: {first_line(error)}")
+        why = none_found(f"the model does not run with gradients in fp64: {first_line(error)}")
+        return dict.fromkeys(blocks, why)
 
 
 @dataclass
@@ -81,6 +82,7 @@ class _Search:
         known: dict[int, list[str]] = {}
         for name, parameter in original.named_parameters(remove_duplicate=False):
             known.setdefault(id(parameter), []).append(name)
+        spans = [_span(tensor) for tensor in [*original.parameters(), *original.buffers()] if tensor.numel()]
         names, refused = {}, {}
         for path, module in opened.named_modules():
             layer = _linear_parameters(module, widths)
@@ -90,7 +92,7 @@ class _Search:
             held = [known.get(id(p), []) for p in (weight, bias) if p is not None]
             if not all(held):
                 refused[path] = "its weights are no parameters of the model"
-            elif any(len(name) > 1 for name in held) or _overlaps(original, weight):
+            elif any(len(name) > 1 for name in held) or any(_shared(p, spans) for p in (weight, bias) if p is not None):
                 refused[path] = "other layers read its weights too"
             else:
                 names[path] = held[0][0], held[1][0] if bias is not None else None
@@ -151,11 +153,13 @@ class _Traced:
 
     def listen(self, place: Place, tensor: Tensor) -> Tensor | None:
         """See `heard`."""
-        if place in self.marks and place not in self.starts:
-            self.starts[place], passed = watched(tensor)
-            return passed
-        if place.end == "out" and place.path in self.expert_paths:
-            self.routed[place.path], passed = watched(tensor)
+        routed = place.end == "out" and place.path in self.expert_paths
+        if routed or (place in self.marks and place not in self.starts):
+            leaf, passed = watched(tensor)
+            if routed:
+                self.routed[place.path] = leaf
+            if place in self.marks:
+                self.starts[place] = leaf
             return passed
         if place.path in self.layer_paths and place.end == "in" and tensor.requires_grad:
             rows = tensor.reshape(-1, tensor.shape[-1])
@@ -246,14 +250,16 @@ def _linear_parameters(module: nn.Module, widths: set[int]) -> tuple[nn.Paramete
     return weight, bias
 
 
-def _overlaps(model: nn.Module, weight: Tensor) -> bool:
-    """Whether another tensor of the model's state lies in the memory of a weight."""
-    start, end = weight.data_ptr(), weight.data_ptr() + weight.nbytes
-    count = 0
-    for _, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        if tensor.device == weight.device and tensor.numel():
-            count += tensor.data_ptr() < end and start < tensor.data_ptr() + tensor.nbytes
-    return count != 1
+def _span(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """The memory between a tensor's first and last element."""
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _shared(parameter: Tensor, spans: Sequence[tuple[torch.device, int, int]]) -> bool:
+    """Whether another of the tensors than the parameter itself lies in its memory."""
+    device, start, end = _span(parameter)
+    return sum(device == there and first < end and start < last for there, first, last in spans) != 1
 
 
 def _inputs(model: nn.Module, batches: Sequence[Batch]) -> list[probes.Inputs]:

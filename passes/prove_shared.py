@@ -118,6 +118,9 @@ def reweigh(runs: Runs, experts: Mapping[str, SharedExpert]) -> bool:
     clean = runs.outputs(inputs)
     layers = {expert.path: runs.model.get_submodule(expert.path) for expert in experts.values()}
     before = {path: dict(layer._parameters.items()) for path, layer in layers.items()}
+    weights = [parameter for held in before.values() for parameter in held.values() if parameter is not None]
+    others = {id(parameter): _other(parameter, seed) for seed, parameter in enumerate(weights)}
+    exchanged = []
     linear = True
     read: dict[str, Tensor] = {}
 
@@ -132,19 +135,24 @@ def reweigh(runs: Runs, experts: Mapping[str, SharedExpert]) -> bool:
         return product(read[place.path], was["weight"], was.get("bias"))
 
     try:
-        for path, layer in layers.items():
-            generator = torch.Generator().manual_seed(len(path))
-            for key, parameter in before[path].items():
-                if parameter is not None:
-                    noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                    other = parameter.detach() + noise * parameter.detach().abs().mean()
-                    layer._parameters[key] = nn.Parameter(other, requires_grad=False)
+        for module in runs.model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if id(parameter) in others:
+                    exchanged.append((module, key, parameter))
+                    module._parameters[key] = others[id(parameter)]
         with heard(runs.model, listen, layers):
             moved = runs.outputs(inputs)
     finally:
-        for path, layer in layers.items():
-            layer._parameters.update(before[path])
+        for module, key, parameter in exchanged:
+            module._parameters[key] = parameter
     return linear and furthest(moved, clean) <= ROUNDING
+
+
+def _other(parameter: Tensor, seed: int) -> nn.Parameter:
+    """A parameter of the same shape with other values of about the same size."""
+    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)).to(parameter)
+    size = float(parameter.detach().abs().mean()) or 1.0
+    return nn.Parameter(parameter.detach() + size * noise, requires_grad=False)
 
 
 def product(x: Tensor, weight: Any, bias: Any) -> Tensor:

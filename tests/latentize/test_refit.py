@@ -147,6 +147,22 @@ def test_later_blocks_read_what_refitted_ones_give(monkeypatch):
     assert not torch.equal(read[0], model.layers[0].beside.second.weight)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+def test_in_place_in_a_module_that_becomes_a_graph():
+    sys.path.insert(0, str(Path(__file__).parents[1] / "passes"))
+    import hf
+
+    model = hf.build("llama4_text")
+    before = state(model)
+    batches = [hf.inputs(model, 8, 32, seed=seed) for seed in range(1, 9)]
+    result = latentize.convert(model, kwargs=hf.inputs(model), calibration=batches, recipe=RECIPE, inplace=True)
+    kept = [made for made in result.refits.values() if made.kept]
+    assert kept
+    for made in kept:
+        assert torch.equal(model.get_parameter(made.weight), made.new_weight)
+    assert changed(before, model.state_dict()) == {made.weight for made in kept}
+
+
 def test_in_place_the_model_itself_gets_them(pair):
     model = net("gated", bias=True)
     old = model.layers[0].beside.second.weight

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from shared_moe import Clamped, D, ids, net
+from shared_moe import Clamped, D, Routed, Shared, ids, net
 from torch import nn
 
 from latentize import conversion
@@ -111,6 +111,28 @@ def test_in_a_graph_of_the_whole_model():
     found, _ = found_in(graph, (ids(),))
     assert [expert.weight for expert in found.values()] == [f"layers.{i}.beside.second.weight" for i in range(1)]
     assert all(expert.weight in names for expert in found.values())
+
+
+def test_weights_that_a_graph_reads_twice_are_refused():
+    graph = torch.export.export(net("weight read elsewhere", layers=1), (ids(),), strict=False).module()
+    (why,) = found_in(graph, (ids(),))[0].values()
+    assert "depend on its weights in another way than through its output" in why
+
+
+def test_of_blocks_without_anything_between_them():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two, self.beside = Routed(), Routed(), Shared()
+
+        def forward(self, x):
+            h = self.one(x)
+            return self.two(h) + self.beside(h)
+
+    found, _ = found_in(Stack().eval(), (torch.randn(2, 24, D),))
+    assert "no linear layer" in found["one"]
+    assert found["two"].weight == "beside.second.weight"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
