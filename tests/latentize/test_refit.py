@@ -250,11 +250,12 @@ def test_healing_leaves_them_as_they_were_refitted():
 def test_a_start_is_kept_and_read_back(tmp_path):
     from latentize import store
 
-    made = Refit("w", None, True, "", 5, 6, 0.5, 0.25, torch.ones(2, 3), None)
+    made = Refit("w", gated=True, held_out=6, error_before=0.5, error_after=0.25, new_weight=torch.ones(2, 3))
     store.save(Start({}, {"block": made, "other": Refit(reason="none")}), tmp_path / "start")
     again = store.load(Start, tmp_path / "start")
     assert torch.equal(again.refits["block"].new_weight, made.new_weight)
     assert again.refits["block"].describe() == made.describe()
+    assert again.refits["block"].gated
     assert again.refits["other"] == Refit(reason="none")
 
 
