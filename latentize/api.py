@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from latentize import artefact, card, conversion, passes, remote_code
+from latentize import artefact, card, conversion, passes, refit, remote_code
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
 from latentize.conversion import Prepared, Rewritten, Survey
@@ -18,6 +18,7 @@ from latentize.inputs import Batch, buffers_kept
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
+from latentize.refit import Refit
 from latentize.remote_code import NO_SUPPORT
 from latentize.report import Errors
 from latentize.sources import check_finite
@@ -33,7 +34,9 @@ class Result:
 
     `model` is the rewritten model (the model as it was when nothing was rewritten); `blocks` describes the model as it
     came in. `plan`, `errors` and `rewritten` are by block name, for the blocks that were rewritten; `healing` is None
-    when nothing was healed; `left` says why proved blocks were left alone; `warnings` says what else to know.
+    when nothing was healed; `left` says why proved blocks were left alone; `warnings` says what else to know. `refits`,
+    by block name, says what became of shared experts where the recipe wants them refitted: besides the blocks, the
+    parameters that `Refit.tensors` names are all that differs from the original.
     """
 
     model: nn.Module
@@ -45,6 +48,7 @@ class Result:
     left: Mapping[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     rewritten: Mapping[str, LatentMoE] = field(default_factory=dict, repr=False)
+    refits: Mapping[str, Refit] = field(default_factory=dict, repr=False)
     _found: Sequence[Found] = field(default=(), repr=False)
     _origin: Origin | None = field(default=None, repr=False)
 
@@ -124,7 +128,8 @@ def convert(
     with conversion.workspace(), buffers_kept(model):
         batches = conversion.batches_of(calibration, model)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
-        student = conversion.rewrite(model, survey.selected, conversion.start(prepared, recipe))
+        started = conversion.begin(prepared, recipe)
+        student = conversion.rewrite(model, survey.selected, started.specs, started.refits)
         prepared = prepared.after_start()
         initialised = conversion.measure_errors(
             prepared.teacher, student, batches or [conversion.example_batch(model, args, kwargs)]
@@ -146,10 +151,16 @@ def heal_student(
     """
     if not batches or recipe.heal_steps == 0:
         return None
-    steps = HealPlan.chosen(recipe.heal_steps)
+    steps = heal_plan(recipe, student.refits)
     return heal(
         student.model, teacher.model, student.blocks, teacher.blocks, batches, steps=steps, seed=recipe.seed, **options
     )
+
+
+def heal_plan(recipe: Recipe, refits: Mapping[str, Refit]) -> HealPlan:
+    """How long to heal. Beside a refitted shared expert a block's routed output is no goal by itself any more."""
+    steps = HealPlan.chosen(recipe.heal_steps)
+    return replace(steps, block_steps=0) if any(made.kept for made in refits.values()) else steps
 
 
 def finish(
@@ -167,7 +178,9 @@ def finish(
     """Put the result together; with `inplace` the blocks move into `model` itself, now that nothing can fail."""
     final = student.model
     if inplace:
+        changed = refit.changes(model, student.refits)
         final = passes.replace_blocks(model, survey.selected, student.blocks, inplace=True)
+        refit.apply(final, changed)
     for block in student.blocks.values():
         block.train(model.training)
     errors = {}
@@ -185,8 +198,12 @@ def finish(
         errors=errors,
         healing=healing,
         left=survey.left,
-        warnings=[*_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe)],
+        warnings=[
+            *_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe),
+            *(f"{name}: {made.describe()}" for name, made in student.refits.items() if not made.kept),
+        ],
         rewritten=student.blocks,
+        refits=student.refits,
         _found=survey.selected,
         _origin=origin,
     )

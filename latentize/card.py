@@ -42,8 +42,13 @@ def model_card(result: Result, origin: Origin, support: Support) -> str:
 def _summary(result: Result) -> str:
     return (
         f"Made by latentize {__version__}. The routed experts of {len(result.rewritten)} blocks work at a latent "
-        "width; everything outside those blocks is as it was."
+        f"width; everything outside those blocks is as it was{_but_refitted(result)}."
     )
+
+
+def _but_refitted(result: Result) -> str:
+    names = [f"`{name}`" for refit in result.refits.values() for name in refit.tensors]
+    return f", save shared experts that were refitted: {', '.join(names)}" if names else ""
 
 
 def _usage(origin: Origin, support: Support) -> str:

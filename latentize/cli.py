@@ -125,6 +125,12 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     help="What the saving buys: acc αN experts and αk active, eff αN experts, fixed neither. [default: acc]",
 )
 @click.option(
+    "--refit-shared",
+    is_flag=True,
+    default=None,
+    help="Let shared experts absorb what the routed path lost: refit their last layer, at no bytes.",
+)
+@click.option(
     "--heal",
     "heal_steps",
     type=click.IntRange(min=0),

@@ -79,7 +79,8 @@ class Recipe(BaseModel):
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
     `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
     the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
-    usual ones.
+    usual ones. `refit_shared` lets the last layer of a shared expert, which nothing else touches, absorb what the
+    routed path lost.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -100,6 +101,7 @@ class Recipe(BaseModel):
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     profiles: tuple[EngineProfile, ...] = ()
+    refit_shared: bool = False
 
     def __init__(self, **values: Any) -> None:
         try:

@@ -134,6 +134,24 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """What the recipe's refit did to the shared expert of one block: `tensors` are the model's that it changed.
+
+    They are the only ones outside the blocks that differ from the original's. `reason` says why there are none. Errors
+    are those of the sum of routed and shared output, relative, over `held_out` calibration tokens that the refit has
+    not seen; a `gated` shared expert counts by another number for every token.
+    """
+
+    tensors: tuple[str, ...]
+    reason: str = ""
+    gated: bool = False
+    held_out: int = 0
+    error_before: float | None = None
+    error_after: float | None = None
+    bytes_added: int = 0
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """One place that looked like an MoE, in the model's order. `plan` is None where the block was left as it is.
 
@@ -151,10 +169,11 @@ class BlockRecord:
     errors: Errors | None = None
     load_before: ExpertLoad | None = None
     load_after: ExpertLoad | None = None
+    shared_expert: SharedExpert | None = None
 
     @classmethod
     def of(cls, block: Block, **measured: Any) -> BlockRecord:
-        """The record of `block`, with what else was measured: plan, errors, load_before, load_after, or a reason."""
+        """The record of `block` with what else was measured: plan, errors, loads, shared_expert; or with a reason."""
         known: dict[str, Any] = {"reason": block.reason, "max_error": block.max_error, "evidence": block.evidence}
         if block.spec is not None:
             known |= {"computes": block.spec.describe(), "sizes": Sizes.of(block.spec)}

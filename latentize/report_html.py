@@ -43,6 +43,7 @@ def render(report: Report) -> str:
         passed=list(passed_gates(report)),
         limits=list(limits(report)),
         totals=totals(report),
+        shared_experts=[block for block in report.rewritten if block.shared_expert is not None],
     )
     return text
 
