@@ -12,7 +12,8 @@ from latentize.load_balance import ExpertLoad
 class HealPlan:
     """The work of healing. Both stages warm up to a rate relative to the weights, then follow a cosine to zero.
 
-    `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step; `model_steps`
+    `block_steps` steps regress each block on the original's routed output, `block_tokens` tokens a step, the last
+    `own_share` of them on what the block reads in the student, read anew every `own_steps` steps; `model_steps`
     steps, one calibration batch's worth of sequences each, distil the whole model. Each of them is taken in up to
     `pieces` smaller steps of at least `piece_tokens` tokens (half as many near the goal). Where the output is logits
     those read sequences chosen from a batch of their own (`latentize.heal_choice`), spliced where they are text. The
@@ -29,6 +30,8 @@ class HealPlan:
     block_steps: int = 100
     model_steps: int = 400
     block_tokens: int = 1024
+    own_share: float = 0.0
+    own_steps: int = 8
     pieces: int = 4
     piece_tokens: int = 512
     block_rate: float = 0.12
