@@ -25,12 +25,13 @@ import torch
 from measured import keep, table
 
 from latentize import conversion
+from latentize.apart import apart
 from latentize.heal import HealPlan, heal
 from latentize.recipe import Recipe
 
-KEY = ("compression", "variant", "seed", "block_steps", "model_steps", "own_share")
+KEY = ("compression", "variant", "seed", "block_steps", "model_steps", "heal_train", "own_share")
 COLUMNS = {
-    "compression": "g", "variant": "", "block_steps": "d", "model_steps": "d", "own_share": "g",
+    "compression": "g", "variant": "", "block_steps": "d", "model_steps": "d", "heal_train": "", "own_share": "g",
     "start": ".4f", "after_blocks": ".4f", "end": ".4f", "rise": ".4f", "cpu_seconds": ".0f",
 }  # fmt: skip
 
@@ -56,11 +57,13 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with conversion.workspace():
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         specs = conversion.start(prepared, recipe)
-    for share, in itertools.product(options.own_share):
+    for train, share in itertools.product(options.heal_train, options.own_share):
         begin = _cpu()
         with conversion.workspace():
-            student = conversion.rewrite(model, survey.selected, specs)
-            plan = HealPlan(options.block_steps, options.model_steps, own_share=share)
+            fresh = {name: spec.map_tensors(torch.clone) for name, spec in specs.items()}
+            student = conversion.rewrite(model, survey.selected, fresh)
+            student = student if train == "latent" else apart(student)
+            plan = HealPlan(options.block_steps, options.model_steps, own_share=share, train=train)
             teacher = prepared.teacher
             report = heal(
                 student.model, teacher.model, student.blocks, teacher.blocks, batches, steps=plan, seed=options.seed
@@ -72,6 +75,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "seed": options.seed,
             "block_steps": options.block_steps,
             "model_steps": options.model_steps,
+            "heal_train": train,
             "own_share": share,
             "start": report.loss_before,
             "after_blocks": report.loss_after_blocks,
@@ -93,6 +97,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--block-steps", type=int, default=100)
     parser.add_argument("--model-steps", type=int, default=100)
+    parser.add_argument("--heal-train", choices=["latent", "all"], nargs="+", default=["latent"])
     parser.add_argument("--own-share", type=float, nargs="+", default=[0.0])
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

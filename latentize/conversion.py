@@ -60,10 +60,15 @@ class Survey:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model and the `LatentMoE` blocks inside it, by the names of the original blocks."""
+    """A model and the `LatentMoE` blocks inside it, by the names of the original blocks.
+
+    `copies` are parameters outside the blocks that were copied, each with its copy: all of them, or none where the
+    model shares them with the original (`latentize.apart`).
+    """
 
     model: nn.Module
     blocks: Mapping[str, LatentMoE]
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def specs(self) -> dict[str, MoESpec]:

@@ -1,9 +1,9 @@
 """The first stage of healing: every block learns its original's routed output, all blocks at once.
 
-They do so on the original's own inputs first and, in as many of the last steps as the plan says, on what they read in the
-student (`latentize.heal_readings`). Errors are measured as the model's output minds them (`latentize.heal_sensitivity`).
-The models are run a few batches at a time, as many as the bound on kept activations allows, and all blocks take their
-steps on those before the next ones are read.
+They do so on the original's own inputs first and, in as many of the last steps as the plan says, on what they read in
+the student (`latentize.heal_readings`). Errors are measured as the model's output minds them
+(`latentize.heal_sensitivity`). The models are run a few batches at a time, as many as the bound on kept activations
+allows, and all blocks take their steps on those before the next ones are read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def heal_blocks(job: Job, state: State) -> None:
     switch = plan.block_steps - round(plan.own_share * plan.block_steps)
     held_out = _held_out(job, state, own=False)
     if not state.block_best:
-        state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out, metrics)
+        state.block_best = job.trainables.snapshot(blocks=True)
+        state.block_best_errors = _errors(job, held_out, metrics)
     while state.block_steps < plan.block_steps and state.stale < plan.patience:
         own = state.block_steps >= switch
         if state.block_steps == switch:
@@ -96,7 +97,7 @@ def _measure_best(
     job: Job, state: State, held_out: Mapping[str, Activations], metrics: Mapping[str, Tensor]
 ) -> None:
     """The errors of the best weights on these tokens: those on other inputs say nothing of them."""
-    now = job.trainables.snapshot()
+    now = job.trainables.snapshot(blocks=True)
     job.trainables.restore(state.block_best)
     state.block_best_errors = _errors(job, held_out, metrics)
     job.trainables.restore(now)

@@ -1,8 +1,8 @@
 """What blocks learn from in the first stage of healing: what they read, and the original's routed output.
 
 They read what the original's blocks read, or what reaches them in the student as it is then; the target is the
-original's output at the same tokens either way, so that on the student's readings a block makes up for what earlier ones
-lose.
+original's output at the same tokens either way, so that on the student's readings a block makes up for what earlier
+ones lose.
 """
 
 from __future__ import annotations

@@ -77,9 +77,10 @@ class Recipe(BaseModel):
     and keeps N and k (variant "fixed") unless told otherwise. `variant` says what the saving buys: "acc" αN experts
     and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
-    `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
-    the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
-    usual ones.
+    `heal_train` "latent" trains the rewritten blocks; "all" also everything outside them end to end, except what
+    requires no gradient. `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the
+    rewritten blocks; None keeps the original's. `profiles` are what exported graphs are made fast for, and what
+    TensorRT engines take; none for the usual ones.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -95,6 +96,7 @@ class Recipe(BaseModel):
     topk_factor: Annotated[int, Field(ge=1, le=64)] | None = None
     init: Literal["activation", "weights"] = "activation"
     heal_steps: Annotated[int, Field(ge=0)] | None = None
+    heal_train: Literal["latent", "all"] = "latent"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0

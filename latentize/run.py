@@ -275,7 +275,7 @@ def _heal(
     job: Job, kept: Checkpoints, prepared: Prepared, specs: Mapping[str, MoESpec], before: Mapping[str, float]
 ) -> tuple[api.Result, Evaluation | None]:
     recipe, model = job.options.recipe, job.source.model
-    student = conversion.rewrite(model, job.survey.selected, specs)
+    student = api.separate(conversion.rewrite(model, job.survey.selected, specs), job.batches, recipe)
     start = _evaluate(job, student.model)
     errors = kept.stage(
         "errors-initialised", dict[str, float],
