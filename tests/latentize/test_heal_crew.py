@@ -171,7 +171,8 @@ def test_healing_in_threads_is_decided_by_the_seed_and_as_good_as_in_one(train: 
         torch.set_num_threads(threads)
         w = worker()
         report = heal(w.student, w.teacher, w.student_blocks, w.teacher_blocks, calibration, steps=plan, seed=3)
-        assert (train == "all") == (report.outside > 0) == (not torch.equal(w.student.head.weight, w.teacher.head.weight))
+        moved = not torch.equal(w.student.head.weight, w.teacher.head.weight)
+        assert (train == "all") == (report.outside > 0) == moved
         healed.append([p.detach().clone() for p in w.student.parameters()])
         reports.append(report)
     assert all(torch.equal(a, b) for a, b in zip(healed[0], healed[1], strict=True))

@@ -63,7 +63,7 @@ def healed(folder: Path, world: int, train: str) -> list[dict[str, object]]:
         subprocess.Popen(
             [sys.executable, "-c", ONE, str(folder), train], env=environment | {"RANK": str(rank)},
             stdout=subprocess.PIPE,
-        )  # fmt: skip
+        )
         for rank in range(world)
     ]
     return [json.loads(process.communicate(timeout=180)[0].splitlines()[-1]) for process in running]
