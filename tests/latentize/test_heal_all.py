@@ -14,10 +14,11 @@ from tied_lm import TiedLm, batches, model
 from torch import Tensor, nn
 
 import latentize
-from latentize import cli
+from latentize import cli, heal_job
 from latentize.errors import LatentizeError
 from latentize.heal import HealPlan, heal
 from latentize.heal_outside import step_sizes
+from latentize.soap import Soap
 
 RECIPE = latentize.Recipe(compression=2, variant="fixed", heal_steps=8, heal_train="all")
 PLAN = HealPlan(8, 16, block_tokens=64, block_rate=0.1, model_rate=0.1, held_out=0.2, train="all")
@@ -194,6 +195,24 @@ def test_tokens_that_are_never_read_stay_where_they_are(kind: type[Lm]):
     heal(student, teacher, *blocks, texts(tokens=read), steps=PLAN, seed=0)
     assert torch.equal(student.embed.weight[read:], teacher.embed.weight[read:])
     assert not torch.equal(student.embed.weight[:read], teacher.embed.weight[:read])
+
+
+def test_outside_the_blocks_steps_are_half_as_large_and_idle_rows_kept(monkeypatch):
+    made = []
+
+    class Seen(Soap):
+        def __init__(self, groups, **options):
+            made.append([dict(group) for group in groups])
+            super().__init__(groups, **options)
+
+    monkeypatch.setattr(heal_job, "Soap", Seen)
+    student, teacher, *blocks = pair()
+    heal(student, teacher, *blocks, texts(), steps=replace(PLAN, block_steps=0, model_steps=1), seed=0)
+    outside = {p.data_ptr() for p in (student.embed.weight, student.head.weight, student.head.bias)}
+    (groups,) = made
+    assert {g["params"][0].data_ptr() for g in groups if g["keep_idle"]} == outside
+    assert all(g["rate"] == 0.5 * g["lr"] for g in groups if g["keep_idle"])
+    assert not any(g["rate"] == 0.5 * g["lr"] for g in groups if not g["keep_idle"])
 
 
 def test_steps_of_vectors_are_small_and_zeros_move_as_their_module_does():
