@@ -32,7 +32,7 @@ class HealPlan:
     block_steps: int = 100
     model_steps: int = 400
     block_tokens: int = 1024
-    own_share: float = 0.0
+    own_share: float = 0.5
     own_steps: int = 8
     train: Literal["latent", "all"] = "latent"
     pieces: int = 4
@@ -73,7 +73,7 @@ class BlockHealing:
     """One block on the held-out batches.
 
     Relative error against the original's routed output on the original's own inputs at the start, after the block-wise
-    stage and at the end; its experts' load at the start and at the end.
+    stage and at the end, which grows where the block makes up for others; its experts' load at the start and at the end.
     """
 
     error_before: float
