@@ -73,7 +73,7 @@ class BlockHealing:
     """One block on the held-out batches.
 
     Relative error against the original's routed output on the original's own inputs at the start, after the block-wise
-    stage and at the end, which grows where the block makes up for others; its experts' load at the start and at the end.
+    stage and at the end, which grows where the block makes up for others; its experts' load at the start and the end.
     """
 
     error_before: float
