@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from latentize import artefact, card, conversion, passes, refit, remote_code
+from latentize.apart import apart, write_back
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
 from latentize.conversion import Prepared, Rewritten, Survey
@@ -106,12 +107,14 @@ def convert(
     """Rewrite every proved MoE block of a model into LatentMoE.
 
     Args:
-        model: any module. It is left unchanged, and the result shares what is not rewritten with it.
+        model: any module. It is left unchanged, and the result shares what is not rewritten with it; nothing where
+            healing trains everything (`heal_train` "all").
         args, kwargs: example inputs of its forward.
         recipe: what to do; `Recipe()` when None.
         calibration: an iterable, possibly one-shot, of inputs: tuples (args) or dicts (kwargs). Without it the weights
             decide alone and nothing is healed.
-        inplace: replace the blocks in the model itself.
+        inplace: replace the blocks in the model itself. Where healing trains everything, the model's own parameters get
+            the trained values in the end, once nothing can fail any more.
 
     Raises:
         LatentizeError: the recipe does not fit a block, a block is on the meta device, weights are not finite, or the
@@ -130,6 +133,7 @@ def convert(
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         started = conversion.begin(prepared, recipe)
         student = conversion.rewrite(model, survey.selected, started.specs, started.refits)
+        student = separate(student, batches, recipe)
         prepared = prepared.after_start()
         initialised = conversion.measure_errors(
             prepared.teacher, student, batches or [conversion.example_batch(model, args, kwargs)]
@@ -138,13 +142,24 @@ def convert(
         return finish(model, survey, prepared, student, initialised, healing, recipe, origin, inplace=inplace)
 
 
+def separate(student: Rewritten, batches: Sequence[Batch], recipe: Recipe) -> Rewritten:
+    """The student, apart from its original where healing will train everything.
+
+    Raises:
+        ResourceError: out of memory.
+    """
+    if recipe.heal_train == "latent" or not batches or recipe.heal_steps == 0:
+        return student
+    return apart(student)
+
+
 def heal_student(
     student: Rewritten, teacher: Rewritten, batches: Sequence[Batch], recipe: Recipe, **options: Any
 ) -> HealReport | None:
     """Heal the student in place; None where there is no data or the recipe asks for no steps.
 
     Args:
-        student, teacher: the rewritten model and the exact original.
+        student, teacher: the rewritten model, as `separate` gives it, and the exact original.
         batches: calibration data.
         recipe: says how many steps.
         options: `progress` and `checkpoint` of `latentize.heal.heal`.
@@ -159,7 +174,7 @@ def heal_student(
 
 def heal_plan(recipe: Recipe, refits: Mapping[str, Refit]) -> HealPlan:
     """How long to heal. Beside a refitted shared expert a block's routed output is no goal by itself any more."""
-    steps = HealPlan.chosen(recipe.heal_steps)
+    steps = HealPlan.chosen(recipe.heal_steps, recipe.heal_train)
     return replace(steps, block_steps=0) if any(made.kept for made in refits.values()) else steps
 
 
@@ -181,6 +196,7 @@ def finish(
         changed = refit.changes(model, student.refits)
         final = passes.replace_blocks(model, survey.selected, student.blocks, inplace=True)
         refit.apply(final, changed)
+        write_back(student.copies)
     for block in student.blocks.values():
         block.train(model.training)
     errors = {}
@@ -227,6 +243,13 @@ def _unhealed(prepared: Prepared, healing: HealReport | None, recipe: Recipe) ->
         notes.append("no calibration data: the start was computed from the weights alone")
     if healing is not None:
         notes.extend(healing.notes)
+        if healing.outside:
+            notes.append(
+                f"healing trained {healing.outside:,} parameters outside the rewritten blocks too (heal_train: all): "
+                "they are no longer the original's"
+            )
+        elif recipe.heal_train == "all":
+            notes.append("heal_train: all changed nothing outside the rewritten blocks")
     elif recipe.heal_steps != 0:
         notes.append("no calibration data: nothing was healed")
     return notes

@@ -40,9 +40,13 @@ def model_card(result: Result, origin: Origin, support: Support) -> str:
 
 
 def _summary(result: Result) -> str:
+    outside = 0 if result.healing is None else result.healing.outside
+    rest = "everything outside those blocks is as it was"
+    if outside:
+        rest = f"healing also trained {outside:,} parameters outside those blocks"
     return (
         f"Made by latentize {__version__}. The routed experts of {len(result.rewritten)} blocks work at a latent "
-        f"width; everything outside those blocks is as it was{_but_refitted(result)}."
+        f"width; {rest}{_but_refitted(result)}."
     )
 
 

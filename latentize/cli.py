@@ -138,6 +138,11 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Steps of distillation after the start; 0 does not heal. [default: chosen]",
 )
 @click.option(
+    "--heal-train",
+    type=click.Choice(["latent", "all"]),
+    help="What healing trains: the latent blocks, or all of the model. [default: latent]",
+)
+@click.option(
     "--export",
     "exports",
     metavar="LIST",

@@ -63,11 +63,16 @@ class Survey:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model and the `LatentMoE` blocks inside it, by the names of the original ones; and refitted shared experts."""
+    """A model and the `LatentMoE` blocks inside it, by the names of the original ones; and refitted shared experts.
+
+    `copies` are parameters outside the blocks that were copied, each with its copy: all of them, or none where the
+    model shares them with the original (`latentize.apart`).
+    """
 
     model: nn.Module
     blocks: Mapping[str, LatentMoE]
     refits: Mapping[str, Refit] = field(default_factory=dict)
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def specs(self) -> dict[str, MoESpec]:

@@ -77,10 +77,12 @@ class Recipe(BaseModel):
     and keeps N and k (variant "fixed") unless told otherwise. `variant` says what the saving buys: "acc" αN experts
     and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
-    `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
-    the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
-    usual ones. `refit_shared` lets the last layer of a shared expert, which nothing else touches, absorb what the
-    routed path lost.
+    `heal_train` "latent" trains the rewritten blocks; "all" also everything outside them end to end, except what
+    requires no gradient. `refit_shared` lets the last layer of a shared expert, which nothing else touches, absorb what
+    the routed path lost; healing leaves it at that, so that it does not go with `heal_train` "all". `include` and
+    `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps the
+    original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
+    usual ones.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -96,6 +98,7 @@ class Recipe(BaseModel):
     topk_factor: Annotated[int, Field(ge=1, le=64)] | None = None
     init: Literal["activation", "weights"] = "activation"
     heal_steps: Annotated[int, Field(ge=0)] | None = None
+    heal_train: Literal["latent", "all"] = "latent"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -131,6 +134,15 @@ class Recipe(BaseModel):
         if self.variant == "acc" and self.topk_factor is None:
             raise ValueError(
                 'compression: auto saves bytes, and variant acc spends them on more experts; use "fixed" or "eff"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shared_experts_once(self) -> Self:
+        if self.refit_shared and self.heal_train == "all" and self.heal_steps != 0:
+            raise ValueError(
+                "heal_train: all trains the shared experts too, which refit_shared would refit and then leave; give "
+                "one of them"
             )
         return self
 

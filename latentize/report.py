@@ -182,11 +182,16 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data that the conversion saw."""
+    """The data that the conversion saw.
+
+    `healed_outside` is how many parameters outside the rewritten blocks healing trained; with 0 they are the
+    original's.
+    """
 
     batches: int
     tokens: int
     heal_steps: int = 0
+    healed_outside: int = 0
 
 
 @dataclass(frozen=True)

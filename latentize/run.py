@@ -276,6 +276,7 @@ def _heal(
 ) -> tuple[api.Result, Evaluation | None]:
     recipe, model = job.options.recipe, job.source.model
     student = conversion.rewrite(model, job.survey.selected, started.specs, started.refits)
+    student = api.separate(student, job.batches, recipe)
     start = _evaluate(job, student.model)
     errors = kept.stage(
         "errors-initialised", dict[str, float],

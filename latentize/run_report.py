@@ -39,6 +39,9 @@ _FILES = {
 #: What other files are, by their ending.
 _KINDS = {".safetensors": "weights", ".engine": "TensorRT engine of the rewritten model", ".data": "weights of a graph"}
 
+#: How often the checkpoints of healing hold what it trains: weights, the best ones, and the optimiser's state.
+_HEALED = 5
+
 
 def plans(prepared: Prepared, specs: Mapping[str, MoESpec] | None = None) -> dict[str, Plan]:
     """The plan of every block as the report has it; stored bytes are exact where the new `specs` are known."""
@@ -84,7 +87,8 @@ def estimated_bytes(model: nn.Module, prepared: Prepared, options: Options) -> i
     new = sum(_stored_after(plan) for plan in prepared.plans.values())
     after = whole - blocks + new
     graphs = (whole + after) if options.graphs else 0
-    return (1 + len(options.checkpoints)) * after + graphs + 4 * new + 2**20
+    outside = _HEALED * (whole - blocks) if options.recipe.heal_train == "all" and options.recipe.heal_steps != 0 else 0
+    return (1 + len(options.checkpoints)) * after + graphs + 4 * new + outside + 2**20
 
 
 def write(job: Job, result: Result, prepared: Prepared, measured: Measured, folder: Path) -> Report:
@@ -210,7 +214,8 @@ def _calibration(job: Job, prepared: Prepared, result: Result) -> Calibration | 
     if not job.batches:
         return None
     steps = api.heal_plan(job.options.recipe, result.refits).steps
-    return Calibration(len(job.batches), prepared.tokens, steps)
+    outside = 0 if result.healing is None else result.healing.outside
+    return Calibration(len(job.batches), prepared.tokens, steps, outside)
 
 
 def _files(folder: Path) -> Iterator[File]:
