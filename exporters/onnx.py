@@ -52,7 +52,7 @@ class OnnxExport:
     @property
     def forms(self) -> Mapping[str, str]:
         """The body form of each `latentize::LatentExperts` node, by module path."""
-        return {choice.block: choice.form for choice in self.choices}
+        return _forms(self.choices)
 
 
 def export_onnx(
@@ -99,8 +99,8 @@ def export_onnx(
     choices = attach_bodies(program.model, form, opset, tokens_in_flight(profiles))
     for choice in choices:
         _log.info("%s: %s", choice.block, choice.describe())
-    forms = {choice.block: choice.form for choice in choices}
-    program.model.metadata_props.update({"latentize.version": __version__, "latentize.forms": json.dumps(forms)})
+    said = {"latentize.version": __version__, "latentize.forms": json.dumps(_forms(choices))}
+    program.model.metadata_props.update(said)
     if profiles:
         program.model.metadata_props["latentize.profiles"] = " ".join(map(str, profiles))
     program.model.metadata_props.update(metadata or {})
@@ -109,6 +109,11 @@ def export_onnx(
     names = tuple(v.name or "" for v in graph.inputs), tuple(v.name or "" for v in graph.outputs)
     total = sum(p.stat().st_size for p in (path, data_path) if p is not None)
     return OnnxExport(path, data_path, opset, choices, *names, total, _contradiction(program.model, profiles))
+
+
+def _forms(choices: Sequence[FormChoice]) -> dict[str, str]:
+    """Body forms by module path."""
+    return {choice.block: choice.form for choice in choices}
 
 
 def _require(*packages: str) -> None:

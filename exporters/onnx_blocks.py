@@ -18,6 +18,7 @@ from latentize.exporters.onnx_check import open_session, relative_error, run_ses
 from latentize.exporters.onnx_experts import place
 from latentize.inputs import Inputs
 from latentize.ops import latent_experts
+from latentize.staging import disk_errors
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -42,10 +43,15 @@ def block_errors(path: Path, model: nn.Module, inputs: Inputs, tolerance: float)
 
     Raises:
         LatentizeError: the file cannot be read or run, or holds other blocks than the model.
+        ResourceError: a copy of the graph, without its weights where these lie in a file of their own, does not fit.
     """
     places, values = _blocks(path)
     found: dict[str, float] = {}
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".onnx") as opened:
+    advice = "a copy of the graph that gives its blocks' outputs does not fit: free some space and run again"
+    with (
+        disk_errors(path, advice),
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".onnx") as opened,
+    ):
         _with_outputs(path, Path(opened.name), values)
         session = open_session(Path(opened.name))
         sizes = _sizes(model, inputs)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from latentize.whole_files import written_whole
 
 #: What a file begins with; then comes a line of JSON, then what the library wrote.
 _MAGIC = b"latentize timing cache\n"
@@ -45,19 +45,11 @@ class TimingCache:
         """Write what is known now, whole or not at all; a cache that cannot be written is done without."""
         measured = bytes(self._config.get_timing_cache().serialize())
         head = {**self._key, "sha256": hashlib.sha256(measured).hexdigest()}
-        unfinished = None
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            unfinished = Path(name)
-            with os.fdopen(handle, "wb") as file:
-                file.write(_MAGIC + json.dumps(head).encode() + b"\n" + measured)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self.path)
+            with written_whole(self.path, mode=0o600) as (file,):
+                file.write_bytes(_MAGIC + json.dumps(head).encode() + b"\n" + measured)
         except OSError as error:
-            if unfinished is not None:
-                unfinished.unlink(missing_ok=True)
             self.notes.append(f"timing cache {self.path}: not kept ({error.strerror or error})")
 
     def _read(self) -> bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from latentize import artefact, card, conversion, passes, remote_code
+from latentize import artefact, card, conversion, passes, refit, remote_code
+from latentize.apart import apart, write_back
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
 from latentize.conversion import Prepared, Rewritten, Survey
@@ -18,6 +19,7 @@ from latentize.inputs import Batch, buffers_kept
 from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
+from latentize.refit import Refit
 from latentize.remote_code import NO_SUPPORT
 from latentize.report import Errors
 from latentize.sources import check_finite
@@ -33,7 +35,9 @@ class Result:
 
     `model` is the rewritten model (the model as it was when nothing was rewritten); `blocks` describes the model as it
     came in. `plan`, `errors` and `rewritten` are by block name, for the blocks that were rewritten; `healing` is None
-    when nothing was healed; `left` says why proved blocks were left alone; `warnings` says what else to know.
+    when nothing was healed; `left` says why proved blocks were left alone; `warnings` says what else to know. `refits`,
+    by block name, says what became of shared experts where the recipe wants them refitted: besides the blocks, the
+    parameters that `Refit.tensors` names are all that differs from the original.
     """
 
     model: nn.Module
@@ -45,6 +49,7 @@ class Result:
     left: Mapping[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     rewritten: Mapping[str, LatentMoE] = field(default_factory=dict, repr=False)
+    refits: Mapping[str, Refit] = field(default_factory=dict, repr=False)
     _found: Sequence[Found] = field(default=(), repr=False)
     _origin: Origin | None = field(default=None, repr=False)
 
@@ -102,12 +107,14 @@ def convert(
     """Rewrite every proved MoE block of a model into LatentMoE.
 
     Args:
-        model: any module. It is left unchanged, and the result shares what is not rewritten with it.
+        model: any module. It is left unchanged, and the result shares what is not rewritten with it; nothing where
+            healing trains everything (`heal_train` "all").
         args, kwargs: example inputs of its forward.
         recipe: what to do; `Recipe()` when None.
         calibration: an iterable, possibly one-shot, of inputs: tuples (args) or dicts (kwargs). Without it the weights
             decide alone and nothing is healed.
-        inplace: replace the blocks in the model itself.
+        inplace: replace the blocks in the model itself. Where healing trains everything, the model's own parameters get
+            the trained values in the end, once nothing can fail any more.
 
     Raises:
         LatentizeError: the recipe does not fit a block, a block is on the meta device, weights are not finite, or the
@@ -124,7 +131,9 @@ def convert(
     with conversion.workspace(), buffers_kept(model):
         batches = conversion.batches_of(calibration, model)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
-        student = conversion.rewrite(model, survey.selected, conversion.start(prepared, recipe))
+        started = conversion.begin(prepared, recipe)
+        student = conversion.rewrite(model, survey.selected, started.specs, started.refits)
+        student = separate(student, batches, recipe)
         prepared = prepared.after_start()
         initialised = conversion.measure_errors(
             prepared.teacher, student, batches or [conversion.example_batch(model, args, kwargs)]
@@ -133,23 +142,40 @@ def convert(
         return finish(model, survey, prepared, student, initialised, healing, recipe, origin, inplace=inplace)
 
 
+def separate(student: Rewritten, batches: Sequence[Batch], recipe: Recipe) -> Rewritten:
+    """The student, apart from its original where healing will train everything.
+
+    Raises:
+        ResourceError: out of memory.
+    """
+    if recipe.heal_train == "latent" or not batches or recipe.heal_steps == 0:
+        return student
+    return apart(student)
+
+
 def heal_student(
     student: Rewritten, teacher: Rewritten, batches: Sequence[Batch], recipe: Recipe, **options: Any
 ) -> HealReport | None:
     """Heal the student in place; None where there is no data or the recipe asks for no steps.
 
     Args:
-        student, teacher: the rewritten model and the exact original.
+        student, teacher: the rewritten model, as `separate` gives it, and the exact original.
         batches: calibration data.
         recipe: says how many steps.
         options: `progress` and `checkpoint` of `latentize.heal.heal`.
     """
     if not batches or recipe.heal_steps == 0:
         return None
-    steps = HealPlan.chosen(recipe.heal_steps)
+    steps = heal_plan(recipe, student.refits)
     return heal(
         student.model, teacher.model, student.blocks, teacher.blocks, batches, steps=steps, seed=recipe.seed, **options
     )
+
+
+def heal_plan(recipe: Recipe, refits: Mapping[str, Refit]) -> HealPlan:
+    """How long to heal. Beside a refitted shared expert a block's routed output is no goal by itself any more."""
+    steps = HealPlan.chosen(recipe.heal_steps, recipe.heal_train)
+    return replace(steps, block_steps=0) if any(made.kept for made in refits.values()) else steps
 
 
 def finish(
@@ -167,7 +193,10 @@ def finish(
     """Put the result together; with `inplace` the blocks move into `model` itself, now that nothing can fail."""
     final = student.model
     if inplace:
+        changed = refit.changes(model, student.refits)
         final = passes.replace_blocks(model, survey.selected, student.blocks, inplace=True)
+        refit.apply(final, changed)
+        write_back(student.copies)
     for block in student.blocks.values():
         block.train(model.training)
     errors = {}
@@ -185,8 +214,12 @@ def finish(
         errors=errors,
         healing=healing,
         left=survey.left,
-        warnings=[*_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe)],
+        warnings=[
+            *_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe),
+            *(f"{name}: {made.describe()}" for name, made in student.refits.items() if not made.kept),
+        ],
         rewritten=student.blocks,
+        refits=student.refits,
         _found=survey.selected,
         _origin=origin,
     )
@@ -210,6 +243,13 @@ def _unhealed(prepared: Prepared, healing: HealReport | None, recipe: Recipe) ->
         notes.append("no calibration data: the start was computed from the weights alone")
     if healing is not None:
         notes.extend(healing.notes)
+        if healing.outside:
+            notes.append(
+                f"healing trained {healing.outside:,} parameters outside the rewritten blocks too (heal_train: all): "
+                "they are no longer the original's"
+            )
+        elif recipe.heal_train == "all":
+            notes.append("heal_train: all changed nothing outside the rewritten blocks")
     elif recipe.heal_steps != 0:
         notes.append("no calibration data: nothing was healed")
     return notes

@@ -21,6 +21,7 @@ from latentize.remote_code import NO_SUPPORT, Support
 from latentize.sources import Form, Source, evaluation_mode
 from latentize.spec import MoESpec
 from latentize.staging import MANIFEST, is_ours
+from latentize.whole_files import write_text
 
 SCHEMA_VERSION = 1
 _ASSETS = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
@@ -106,7 +107,7 @@ def write(
         "blocks": outlines,
         "aliases": aliases,
     }
-    store.write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
 
 
 def described(blocks: Mapping[str, SavedBlock]) -> dict[str, dict[str, Any]]:

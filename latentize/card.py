@@ -42,10 +42,19 @@ def model_card(result: Result, origin: Origin, support: Support) -> str:
 def _summary(result: Result) -> str:
     ranks = sorted({plan.bypass_rank for plan in result.plan.values() if plan.bypass_rank})
     bypass = f" A linear map of rank {ranks[0]} goes around the experts of each of them." if ranks else ""
+    outside = 0 if result.healing is None else result.healing.outside
+    rest = "everything outside those blocks is as it was"
+    if outside:
+        rest = f"healing also trained {outside:,} parameters outside those blocks"
     return (
         f"Made by latentize {__version__}. The routed experts of {len(result.rewritten)} blocks work at a latent "
-        f"width; everything outside those blocks is as it was.{bypass}"
+        f"width; {rest}{_but_refitted(result)}.{bypass}"
     )
+
+
+def _but_refitted(result: Result) -> str:
+    names = [f"`{name}`" for refit in result.refits.values() for name in refit.tensors]
+    return f", save shared experts that were refitted: {', '.join(names)}" if names else ""
 
 
 def _usage(origin: Origin, support: Support) -> str:

@@ -20,6 +20,7 @@ from latentize.inputs import Batch
 from latentize.recipe import Recipe
 from latentize.spec import MoESpec
 from latentize.staging import disk_errors
+from latentize.whole_files import write_text
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
@@ -61,7 +62,7 @@ class Checkpoints:
         with disk_errors(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
-            store.write_text(file, json.dumps(current, indent=1))
+            write_text(file, json.dumps(current, indent=1))
         return False
 
     def stage(self, name: str, kind: Any, make: Callable[[], T]) -> T:

@@ -8,12 +8,15 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from latentize import __version__
 from latentize.errors import LatentizeError, ResourceError
+
+if TYPE_CHECKING:
+    from latentize.exporters.tensorrt_profiles import Profile
 
 EXPORTS = ("onnx", "tensorrt", "nemotron_h", "nemotron_h-hub")
 BACKENDS = ("torch", "ort", "trt")
@@ -78,13 +81,13 @@ def _budget(_ctx: click.Context, _param: click.Parameter, text: str | None) -> d
     return {name.strip(): value.strip()}
 
 
-def _profiles(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> list[dict[str, Any]] | None:
-    """Each BATCHxTOKENS as the recipe's fields."""
+def _profiles(_ctx: click.Context, _param: click.Parameter, texts: tuple[str, ...]) -> tuple[Profile, ...]:
+    """Each BATCHxTOKENS."""
     if not texts:
-        return None
+        return ()
     from latentize.exporters.tensorrt_profiles import Profile
 
-    return [vars(Profile.parse(text)) for text in texts]
+    return tuple(Profile.parse(text) for text in texts)
 
 
 def _common(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,11 +132,22 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     "LatentMoE any more. [default: 0, none]",
 )
 @click.option(
+    "--refit-shared",
+    is_flag=True,
+    default=None,
+    help="Let shared experts absorb what the routed path lost: refit their last layer, at no bytes.",
+)
+@click.option(
     "--heal",
     "heal_steps",
     type=click.IntRange(min=0),
     metavar="STEPS",
     help="Steps of distillation after the start; 0 does not heal. [default: chosen]",
+)
+@click.option(
+    "--heal-train",
+    type=click.Choice(["latent", "all"]),
+    help="What healing trains: the latent blocks, or all of the model. [default: latent]",
 )
 @click.option(
     "--export",
@@ -172,10 +186,11 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 @_common
 def convert(
     model: str, out: Path | None, exports: str | None, onnx_form: str, recipe_file: Path | None, dry_run: bool,
-    resume: bool, max_loss: float | None, verbose: int, quiet: bool, log_file: Path | None, **fields: Any,
+    resume: bool, max_loss: float | None, profiles: tuple[Profile, ...], verbose: int, quiet: bool,
+    log_file: Path | None, **fields: Any,
 ) -> None:  # fmt: skip
     """Convert MODEL."""
-    recipe = _recipe(recipe_file, fields)
+    recipe = _recipe(recipe_file, fields | {"profiles": [vars(profile) for profile in profiles] or None})
     wanted = _names(exports, "--export", EXPORTS)
     _start(verbose, quiet, log_file)
     from latentize import run
@@ -303,13 +318,14 @@ def bench(
     "--profile",
     "profiles",
     multiple=True,
+    callback=_profiles,
     metavar="BATCHxTOKENS",
     help="What the engine takes, each a number or smallest:usual:largest; may be given several times. [default: the "
     "recipe's profiles, or 1:1:4x1:16:256]",
 )
 @_common
 def build(
-    out: Path, experts: Any, targets: tuple[str, ...], dtype: str | None, profiles: tuple[str, ...], verbose: int,
+    out: Path, experts: Any, targets: tuple[str, ...], dtype: str | None, profiles: tuple[Profile, ...], verbose: int,
     quiet: bool, log_file: Path | None,
 ) -> None:  # fmt: skip
     """Build TensorRT engines from the ONNX graph in OUT, or the library that runs its experts in onnxruntime.

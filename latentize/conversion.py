@@ -18,14 +18,17 @@ from latentize import passes
 from latentize.compare import block_errors
 from latentize.errors import LatentizeError, first_line
 from latentize.forecast import Forecast
-from latentize.initialise import initialise
+from latentize.initialise import initialise, token_weights
 from latentize.inputs import Batch, Inputs, observing
 from latentize.memory import trim
 from latentize.moe import LatentMoE
+from latentize.passes.find_shared import find_shared
+from latentize.passes.shared_expert import SharedExpert
 from latentize.plan import BlockPlan, check_bypass, check_plan, make_plan
 from latentize.predict import predict
 from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
+from latentize.refit import Refit, apply, changes, refit
 from latentize.reread import Reading, reread
 from latentize.sources import as_inputs, check_runs, out_of_memory
 from latentize.spec import MoESpec
@@ -60,10 +63,16 @@ class Survey:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A model and the `LatentMoE` blocks inside it, by the names of the original blocks."""
+    """A model and the `LatentMoE` blocks inside it, by the names of the original ones; and refitted shared experts.
+
+    `copies` are parameters outside the blocks that were copied, each with its copy: all of them, or none where the
+    model shares them with the original (`latentize.apart`).
+    """
 
     model: nn.Module
     blocks: Mapping[str, LatentMoE]
+    refits: Mapping[str, Refit] = field(default_factory=dict)
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def specs(self) -> dict[str, MoESpec]:
@@ -109,8 +118,10 @@ def canonical(model: nn.Module, selected: Sequence[Found]) -> Rewritten:
     return Rewritten(passes.replace_blocks(model, selected, blocks), blocks)
 
 
-def rewrite(model: nn.Module, selected: Sequence[Found], specs: Mapping[str, MoESpec]) -> Rewritten:
-    """The model with each selected block replaced by `specs` of its name.
+def rewrite(
+    model: nn.Module, selected: Sequence[Found], specs: Mapping[str, MoESpec], refits: Mapping[str, Refit] | None = None
+) -> Rewritten:
+    """The model with each selected block replaced by `specs` of its name, and with its shared experts as refitted.
 
     What the model and the specs share is copied, so that training the new blocks leaves the model as it is.
     """
@@ -122,7 +133,9 @@ def rewrite(model: nn.Module, selected: Sequence[Found], specs: Mapping[str, MoE
     blocks = {}
     for item in selected:
         blocks[item.block.name] = LatentMoE(specs[item.block.name].map_tensors(own))
-    return Rewritten(passes.replace_blocks(model, selected, blocks), blocks)
+    student = passes.replace_blocks(model, selected, blocks)
+    apply(student, changes(model, refits or {}))
+    return Rewritten(student, blocks, refits or {})
 
 
 def spec_of(found: Found) -> MoESpec:
@@ -303,16 +316,34 @@ def _measured(teacher: Rewritten, batches: Sequence[Batch]) -> Sequence[Batch]:
     return batches[:: max(1, len(batches) * tokens // MOMENT_TOKENS)]
 
 
+@dataclass(frozen=True)
+class Start:
+    """The latent spec of every block to start from, and what became of its shared expert, by name."""
+
+    specs: Mapping[str, MoESpec]
+    refits: Mapping[str, Refit] = field(default_factory=dict)
+
+
 def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> dict[str, MoESpec]:
+    """The latent specs of `begin`."""
+    return dict(begin(prepared, recipe, progress).specs)
+
+
+def begin(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> Start:
     """The latent spec of every block, computed from the original's weights and the statistics.
 
     Blocks are computed in the order in which the model runs them, up to `STAGES` groups of them one after the other:
-    what a group reads is measured with all earlier groups latent, so that it can make up for what they lose.
+    what a group reads is measured with all earlier groups latent, so that it can make up for what they lose; and where
+    the recipe says so, with their shared experts refitted, which is done for each group once it is latent. Where
+    healing follows and nothing is refitted, all are computed at once, on what the original reads: measured, that heals
+    better.
     The recipe's dtype is that of experts and projections; routers keep theirs, since rounding changes who is chosen.
     """
     specs: dict[str, MoESpec] = {}
-    for stage in _stages(prepared):
-        readings = _readings(prepared, specs, stage)
+    refits: dict[str, Refit] = {}
+    found = shared_experts(prepared, recipe)
+    for stage in _stages(prepared, at_once=recipe.heal_steps != 0 and not found):
+        readings = _readings(prepared, specs, refits, stage)
         for name in stage:
             progress(len(specs), len(prepared.plans), name)
             statistics = None if prepared.statistics is None else prepared.statistics[name]
@@ -322,15 +353,51 @@ def start(prepared: Prepared, recipe: Recipe, progress: Progress = silent) -> di
                 reading=readings.get(name), seed=recipe.seed,
             )  # fmt: skip
             specs[name] = in_dtype(spec, recipe)
+        refits |= _refit(prepared, specs, refits, {name: found[name] for name in stage if name in found})
     trim()
     progress(len(prepared.plans), len(prepared.plans))
-    return {name: specs[name] for name in prepared.plans}
+    names = list(prepared.plans)
+    return Start({n: specs[n] for n in names}, {n: refits[n] for n in names if n in refits})
 
 
-def _stages(prepared: Prepared) -> list[list[str]]:
+def shared_experts(prepared: Prepared, recipe: Recipe) -> dict[str, SharedExpert | str]:
+    """The shared experts that the recipe wants refitted, or why one is not, by block; nothing where it wants none."""
+    if not recipe.refit_shared:
+        return {}
+    if prepared.statistics is None:
+        why = "its shared expert is not refitted: that takes calibration data" + (
+            " and init: activation" if prepared.batches else ""
+        )
+        return dict.fromkeys(prepared.plans, why)
+    found = find_shared(prepared.model, prepared.teacher.model, prepared.teacher.blocks, prepared.batches)
+    same = "its shared expert is not refitted: its experts keep their width, so that nothing was lost"
+    return {
+        name: same if prepared.plans[name].latent_dim == prepared.plans[name].hidden_size else expert
+        for name, expert in found.items()
+    }
+
+
+def _refit(
+    prepared: Prepared, specs: Mapping[str, MoESpec], refits: Mapping[str, Refit],
+    found: Mapping[str, SharedExpert | str],
+) -> dict[str, Refit]:  # fmt: skip
+    """The shared experts of some blocks refitted, in the model in which these and those before them are latent."""
+    made = {name: Refit(reason=why) for name, why in found.items() if isinstance(why, str)}
+    experts = {name: expert for name, expert in found.items() if isinstance(expert, SharedExpert)}
+    if not experts or prepared.statistics is None:
+        return made
+    samples = {name: prepared.statistics[name].sample for name in experts}
+    return made | refit(
+        prepared.model, prepared.teacher.model, _latent_so_far(prepared, specs, refits)[0], experts,
+        _measured(prepared.teacher, prepared.batches), samples,
+        {name: token_weights(sample) for name, sample in samples.items()},
+    )  # fmt: skip
+
+
+def _stages(prepared: Prepared, *, at_once: bool) -> list[list[str]]:
     """The blocks' names in the order in which the model runs them, in at most `STAGES` groups of about equal size."""
     names = list(prepared.plans)
-    if prepared.statistics is None:
+    if prepared.statistics is None or at_once:
         return [names]
     order: dict[str, None] = {}
     with observing(prepared.teacher.model), tapped(prepared.teacher.blocks, lambda name, _: order.setdefault(name)):
@@ -340,14 +407,25 @@ def _stages(prepared: Prepared) -> list[list[str]]:
     return [names[len(names) * i // count : len(names) * (i + 1) // count] for i in range(count)]
 
 
-def _readings(prepared: Prepared, specs: Mapping[str, MoESpec], names: Sequence[str]) -> dict[str, Reading]:
+def _readings(
+    prepared: Prepared, specs: Mapping[str, MoESpec], refits: Mapping[str, Refit], names: Sequence[str]
+) -> dict[str, Reading]:
     """What the blocks `names` read once those of `specs` are latent; nothing where none is."""
     if not specs or prepared.statistics is None:
         return {}
-    blocks = {name: LatentMoE(specs.get(name, block.spec)) for name, block in prepared.teacher.blocks.items()}
-    model = passes.replace_blocks(prepared.model, prepared.selected, blocks)
+    model, blocks = _latent_so_far(prepared, specs, refits)
     samples = {name: statistics.sample for name, statistics in prepared.statistics.items()}
     return reread(model, {name: blocks[name] for name in names}, _measured(prepared.teacher, prepared.batches), samples)
+
+
+def _latent_so_far(
+    prepared: Prepared, specs: Mapping[str, MoESpec], refits: Mapping[str, Refit]
+) -> tuple[nn.Module, dict[str, LatentMoE]]:
+    """The model in which the blocks of `specs` are latent, and all of its blocks."""
+    blocks = {name: LatentMoE(specs.get(name, block.spec)) for name, block in prepared.teacher.blocks.items()}
+    model = passes.replace_blocks(prepared.model, prepared.selected, blocks)
+    apply(model, changes(prepared.model, refits))
+    return model, blocks
 
 
 def in_dtype(spec: MoESpec, recipe: Recipe) -> MoESpec:

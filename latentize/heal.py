@@ -1,8 +1,9 @@
 """Heal a rewritten model: teach it what its original computes, block by block, then end to end.
 
-Trained are the routers and the latent blocks alone. What is kept is the best that was measured on held-out batches, so
-a healed model is never worse there than the one healing started from. Where torch.distributed is initialised (torchrun,
-accelerate) all processes call `heal` alike and share out the steps of the second stage.
+Trained are the routers and the latent blocks alone, unless the plan says everything. What is kept is the best that was
+measured on held-out batches, so a healed model is never worse there than the one healing started from. Where
+torch.distributed is initialised (torchrun, accelerate) all processes call `heal` alike and share out the steps of the
+second stage.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from latentize.heal_choice import choose
 from latentize.heal_crew import Worker, hire
 from latentize.heal_job import Job, State, Subset, split_batches
 from latentize.heal_model import heal_model
+from latentize.heal_outside import outside
 from latentize.heal_pieces import piece_count
 from latentize.heal_plan import BlockHealing, HealPlan, HealReport
 from latentize.heal_ranks import Ranks
@@ -35,6 +37,7 @@ from latentize.progress import Progress, silent
 
 #: Held-out batches that show whether the original predicts text.
 _TEXT_BATCHES = 2
+_NARROWER = "; training the latent blocks alone (heal_train: latent) takes less"
 
 __all__ = ["BlockHealing", "HealPlan", "HealReport", "heal"]
 
@@ -54,7 +57,8 @@ def heal(
     """Train the blocks of `student` in place until its output is as close to that of `teacher` as it gets.
 
     Args:
-        student: the rewritten model; what it shares with `teacher` is not touched.
+        student: the rewritten model; what it shares with `teacher` is not touched. To train everything it must share
+            nothing outside its blocks (`latentize.apart`).
         teacher: the original model with its blocks in canonical form.
         student_blocks, teacher_blocks: the same names -> the blocks inside `student` and `teacher`.
         calibration: batches, tuples of args or dicts of kwargs. Some are held out; a single batch is both trained on
@@ -66,13 +70,17 @@ def heal(
             interruption, healing goes on from it and ends with the same weights.
 
     Raises:
-        LatentizeError: no batch, blocks that do not match, or a checkpoint of another job.
+        LatentizeError: no batch, blocks that do not match, a checkpoint of another job, or everything is to be trained
+            in a student that shares parameters with the teacher.
         ResourceError: out of memory or disk.
     """
     _check(student_blocks, teacher_blocks, calibration)
     train, held_out, notes = split_batches(calibration, steps)
-    with training_room(seed, student, teacher):
-        trainables = Trainables(student_blocks, teacher)
+    everything = steps.train == "all"
+    with training_room(seed, student, teacher, advice=_NARROWER if everything else ""):
+        more, left = outside(student, student_blocks, teacher) if everything else ({}, [])
+        notes += left
+        trainables = Trainables(student_blocks, teacher, more)
         with contiguous(teacher_blocks):
             held_out = _usable(teacher, held_out, notes)
             loss = OutputLoss.of(teacher, held_out[0])
@@ -138,6 +146,7 @@ def _run(job: Job) -> HealReport:
         curve=tuple((int(s), float(v)) for s, v in state.curve),
         held_out_curve=tuple((int(s), float(v)) for s, v in state.held_out_curve),
         notes=tuple(job.notes + state.notes),
+        outside=job.trainables.outside if state.best_end_to_end else 0,
     )
 
 

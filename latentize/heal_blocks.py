@@ -1,68 +1,58 @@
-"""The first stage of healing: every block learns its original's routed output on the original's own inputs.
+"""The first stage of healing: every block learns its original's routed output, all blocks at once.
 
-Errors are measured as the model's output minds them (`latentize.heal_sensitivity`). The teacher is run a few batches at
-a time, as many as the bound on kept activations allows, and all blocks take their steps on those before the next ones
-are read.
+They do so on the original's own inputs first and, in as many of the last steps as the plan says, on what they read in
+the student (`latentize.heal_readings`). Errors are measured as the model's output minds them
+(`latentize.heal_sensitivity`). The models are run a few batches at a time, as many as the bound on kept activations
+allows, and all blocks take their steps on those before the next ones are read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from latentize.heal_job import Job, State, cosine, is_evaluation, rate_for
 from latentize.heal_load import RoutingTap, count, follow, pressure
+from latentize.heal_readings import Activations, Readings, Student, collect
 from latentize.heal_sensitivity import output_metrics
-from latentize.inputs import Batch, Inputs
+from latentize.inputs import Batch
 from latentize.moe import LatentMoE
-from latentize.taps import BlockCall, tapped
 
 #: At most so many held-out tokens a block are measured on.
 _HELD_OUT_TOKENS = 8192
 
 
-@dataclass(frozen=True)
-class Activations:
-    """What went into one block and came out of its routed path, over T tokens."""
-
-    inputs: tuple[Tensor, ...]  # hidden [T, d], and what the router read [T, d] where that is another tensor
-    output: Tensor  # [T, d]
-
-    def __len__(self) -> int:
-        return len(self.output)
-
-    def at(self, rows: Tensor) -> Activations:
-        """Some of the tokens."""
-        return Activations(tuple(t[rows] for t in self.inputs), self.output[rows])
-
-
 def heal_blocks(job: Job, state: State) -> None:
-    """Train every block on the teacher's activations; each keeps the weights that did best on held-out tokens."""
+    """Train every block; each keeps the weights that did best on held-out tokens of the kind that it learned from."""
     plan = job.plan
     if not plan.block_steps:
         return
     metrics = output_metrics(job.teacher, job.teacher_blocks, job.train, job.seed)
-    held_out, _ = collect(job, job.held_out, lambda tokens: tokens >= _HELD_OUT_TOKENS)
-    if not state.block_best:
-        state.block_best, state.block_best_errors = job.trainables.snapshot(), _errors(job, held_out, metrics)
     squares = [error**2 for error in state.errors_before.values()]
     optimizer = job.optimizer(rate_for(plan.block_rate, sum(squares) / len(squares)), state.optimizer)
+    switch = plan.block_steps - round(plan.own_share * plan.block_steps)
+    held_out = _held_out(job, state, own=False)
+    if not state.block_best:
+        state.block_best = job.trainables.snapshot(blocks=True)
+        state.block_best_errors = _errors(job, held_out, metrics)
     while state.block_steps < plan.block_steps and state.stale < plan.patience:
-        wanted = (plan.block_steps - state.block_steps) * plan.block_tokens
-        limit = min(wanted, max(plan.block_tokens, plan.activation_bytes // _token_bytes(job)))
+        own = state.block_steps >= switch
+        if state.block_steps == switch:
+            state.stale = 0
+        until = min(plan.block_steps, state.block_steps + plan.own_steps) if own else switch
+        if own:
+            held_out = _held_out(job, state, own=True)
+            _measure_best(job, state, held_out, metrics)
         read = state.cursor
-        stream = (job.train_batch(i) for i in range(read, read + len(job.train)))
-        chunk, batches = collect(job, stream, lambda tokens: tokens >= limit)  # noqa: B023 - used at once
-        state.cursor += batches
+        chunk = _chunk(job, state, (until - state.block_steps) * plan.block_tokens, own=own)
         tokens = max((len(a) for a in chunk.values()), default=0)
         if not tokens:
             job.notes.append("no block was reached by the calibration batches: nothing to heal block-wise")
             return
-        steps = min(max(1, tokens // plan.block_tokens), plan.block_steps - state.block_steps)
+        steps = min(max(1, tokens // plan.block_tokens), until - state.block_steps)
         order = job.generator(1, read)
         pieces = {name: torch.randperm(len(a), generator=order).tensor_split(steps) for name, a in chunk.items()}
         for step in range(steps):
@@ -76,28 +66,41 @@ def heal_blocks(job: Job, state: State) -> None:
     job.trainables.restore(state.block_best)
 
 
-def collect(job: Job, batches: Iterable[Batch], enough: Callable[[int], bool]) -> tuple[dict[str, Activations], int]:
-    """The teacher's activations at every block over `batches`, until `enough(tokens)`; and the batches that took."""
-    kept: dict[str, list[Activations]] = {name: [] for name in job.teacher_blocks}
-
-    def keep(name: str, call: BlockCall) -> None:
-        if not bool(call.output.isfinite().all()):
-            return
-        kept[name].append(Activations(tuple(t.detach() for t in call.inputs), call.output.detach()))
-
-    used = 0
-    with torch.no_grad(), tapped(job.teacher_blocks, keep):
-        for batch in batches:
-            Inputs.of(batch).call(job.teacher)
-            used += 1
-            if enough(max(sum(len(a) for a in parts) for parts in kept.values())):
-                break
-    return {name: _joined(parts) for name, parts in kept.items() if parts}, used
+def _held_out(job: Job, state: State, *, own: bool) -> dict[str, Activations]:
+    return _read(job, state, job.held_out, lambda tokens: tokens >= _HELD_OUT_TOKENS, own=own).of
 
 
-def _joined(parts: list[Activations]) -> Activations:
-    inputs = tuple(torch.cat(column) for column in zip(*(p.inputs for p in parts), strict=True))
-    return Activations(inputs, torch.cat([p.output for p in parts]))
+def _chunk(job: Job, state: State, wanted: int, *, own: bool) -> dict[str, Activations]:
+    """The next `wanted` tokens of training, or as many of them as are kept at once."""
+    limit = min(wanted, max(job.plan.block_tokens, job.plan.activation_bytes // _token_bytes(job)))
+    read = state.cursor
+    stream = (job.train_batch(i) for i in range(read, read + len(job.train)))
+    found = _read(job, state, stream, lambda tokens: tokens >= limit, own=own)
+    state.cursor += found.batches
+    return found.of
+
+
+def _read(job: Job, state: State, batches: Iterable[Batch], enough: Callable[[int], bool], *, own: bool) -> Readings:
+    student = Student(job.student, job.student_blocks) if own else None
+    found = collect(job.teacher, job.teacher_blocks, batches, enough, student)
+    for name in sorted(found.unlike):
+        note = (
+            f"block {name!r}: in the rewritten model other numbers of tokens reach it than in the original, or values "
+            "that are not finite; where they do, it was healed block-wise on what the original reads"
+        )
+        if note not in state.notes:
+            state.notes.append(note)
+    return found
+
+
+def _measure_best(
+    job: Job, state: State, held_out: Mapping[str, Activations], metrics: Mapping[str, Tensor]
+) -> None:
+    """The errors of the best weights on these tokens: those on other inputs say nothing of them."""
+    now = job.trainables.snapshot(blocks=True)
+    job.trainables.restore(state.block_best)
+    state.block_best_errors = _errors(job, held_out, metrics)
+    job.trainables.restore(now)
 
 
 def _token_bytes(job: Job) -> int:

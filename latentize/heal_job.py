@@ -17,6 +17,7 @@ from latentize.errors import LatentizeError
 from latentize.heal_choice import Choice
 from latentize.heal_crew import Crew, Worker
 from latentize.heal_load import RoutingTap, starved_experts
+from latentize.heal_outside import OUTSIDE, OUTSIDE_RATE
 from latentize.heal_pieces import pieces_of, sequences_of
 from latentize.heal_plan import HealPlan
 from latentize.heal_ranks import Ranks
@@ -53,6 +54,7 @@ class State:
     best: list[Tensor]
     best_loss: float
     best_starved: int
+    best_end_to_end: bool = False
     stage: Stage = "blocks"
     cursor: int = 0
     block_steps: int = 0
@@ -161,9 +163,12 @@ class Job:
         """The optimiser over all masters, as `saved` where given; `rate` is relative to the size of each."""
         groups = []
         trained = self.trainables
-        for (_, name), master, size in zip(trained.names, trained.masters, self.step_sizes, strict=True):
+        for (block, name), master, size in zip(trained.names, trained.masters, self.step_sizes, strict=True):
             factor = next((f for part, f in RATE_FACTORS.items() if part in name), 1.0)
-            groups.append({"params": [master], "lr": rate * size, "rate": rate * factor * size})
+            factor = OUTSIDE_RATE if block == OUTSIDE else factor
+            groups.append(
+                {"params": [master], "lr": rate * size, "rate": rate * factor * size, "keep_idle": block == OUTSIDE}
+            )
         optimizer = Soap(groups, each=lambda update, them: self.crew.each(lambda _worker, it: update(it), them))
         if saved is not None:
             optimizer.load_state_dict(saved)

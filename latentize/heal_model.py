@@ -1,5 +1,7 @@
 """The second stage of healing: the whole student learns the teacher's output, and what the teacher's blocks see.
 
+Trained are its blocks alone, or everything where the plan says so (`latentize.heal_outside`).
+
 The second part gives the earlier blocks a gradient that has not passed through all the later ones; in few steps it
 brings the output closer than the output's own distance does alone. Its weight falls to zero: what counts is the output.
 Near the goal the text is a small part of the target too (`latentize.heal_text`), and the last steps read it unspliced.
@@ -138,7 +140,8 @@ def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) 
                 loss = loss + distance.detach() * push
     counts = {name: count(routings[name], len(share)) for name, share in state.shares.items()}
     found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
-    return Part(wrong.item(), whole.item(), list(found), counts)
+    gradients: list[Tensor | None] = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
+    return Part(wrong.item(), whole.item(), gradients, counts)
 
 
 class InputTap:
@@ -187,6 +190,7 @@ def _evaluate(job: Job, state: State) -> str:
     state.held_out_curve.append([float(state.model_steps), loss])
     if job.better(loss, starved, state):
         state.best, state.best_loss, state.best_starved, state.stale = job.trainables.snapshot(), loss, starved, 0
+        state.best_end_to_end = True
         return ""
     state.stale += 1
     if not loss <= _RISING * max(state.best_loss, 1e-12) and state.stale > 1:

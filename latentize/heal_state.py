@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from latentize.errors import LatentizeError, ResourceError, first_line
+from latentize.heal_outside import OUTSIDE, step_sizes
 from latentize.inputs import buffers_kept
 from latentize.moe import LatentMoE
+from latentize.whole_files import written_whole
 
 #: Name of the state file in a checkpoint folder.
 STATE_FILE = "heal.pt"
@@ -23,9 +24,15 @@ class Trainables:
     """The parameters of some blocks, with a master copy in at least fp32 of each that is narrower.
 
     A parameter is known as (block name, parameter name). One that shares memory with `teacher` is given its own.
+    Parameters `outside` the blocks come after theirs, as (`OUTSIDE`, name).
     """
 
-    def __init__(self, blocks: Mapping[str, LatentMoE], teacher: nn.Module) -> None:
+    def __init__(
+        self,
+        blocks: Mapping[str, LatentMoE],
+        teacher: nn.Module,
+        outside: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
         shared = {parameter.untyped_storage().data_ptr() for parameter in teacher.parameters()}
         self.names: list[tuple[str, str]] = []
         self.parameters: list[nn.Parameter] = []
@@ -36,9 +43,21 @@ class Trainables:
                     continue
                 if parameter.untyped_storage().data_ptr() in shared:
                     parameter.data = parameter.data.clone()
-                self.names.append((block, name))
-                self.parameters.append(parameter)
-                self.masters.append(parameter.data.to(torch.promote_types(parameter.dtype, torch.float32)))
+                self._add(block, name, parameter)
+        #: How many parameters are in blocks: the first ones.
+        self.in_blocks = len(self.names)
+        for name, parameter in (outside or {}).items():
+            self._add(OUTSIDE, name, parameter)
+
+    def _add(self, block: str, name: str, parameter: nn.Parameter) -> None:
+        self.names.append((block, name))
+        self.parameters.append(parameter)
+        self.masters.append(parameter.data.to(torch.promote_types(parameter.dtype, torch.float32)))
+
+    @property
+    def outside(self) -> int:
+        """How many numbers outside the blocks are trained."""
+        return sum(master.numel() for master in self.masters[self.in_blocks :])
 
     def step_sizes(self, teacher_blocks: Mapping[str, LatentMoE]) -> list[float]:
         """How large a step of each parameter is a relative change of about 1.
@@ -47,10 +66,10 @@ class Trainables:
         √(r c) times the rate, while a matrix of independent entries of size s has one near s (√r + √c): their quotient,
         so that one relative rate serves models of all sizes. s is the smaller of the parameter's and its original's
         root mean square, since fitted outputs can be large and cancel. A vector moves as the block's matrices do on
-        average.
+        average. `latentize.heal_outside` says it of what is outside the blocks.
         """
         sizes = []
-        for (block, name), master in zip(self.names, self.masters, strict=True):
+        for (block, name), master in list(zip(self.names, self.masters, strict=True))[: self.in_blocks]:
             if "bias" in name:
                 sizes.append(0.0)
                 continue
@@ -60,12 +79,12 @@ class Trainables:
             if original is not None:
                 own = min(own, float(original.detach().double().square().mean().sqrt())) or own
             sizes.append(own * (r**0.5 + c**0.5) / (r * c) ** 0.5)
-        for block in {name for name, _ in self.names}:
+        for block in {name for name, _ in self.names[: self.in_blocks]}:
             places = self.of(block)
             known = [sizes[i] for i in places if sizes[i]]
             for i in places:
                 sizes[i] = sizes[i] or (sum(known) / len(known) if known else 1e-3)
-        return sizes
+        return sizes + step_sizes([name for _, name in self.names[self.in_blocks :]], self.masters[self.in_blocks :])
 
     def write(self) -> None:
         """Round the masters into the parameters; nothing to do where a parameter is its own master."""
@@ -77,14 +96,14 @@ class Trainables:
         """Positions of a block's parameters."""
         return [i for i, (name, _) in enumerate(self.names) if name == block]
 
-    def snapshot(self) -> list[Tensor]:
-        """Copies of all masters."""
-        return [master.clone() for master in self.masters]
+    def snapshot(self, *, blocks: bool = False) -> list[Tensor]:
+        """Copies of all masters, or of those in `blocks` alone."""
+        return [master.clone() for master in self.masters[: self.in_blocks if blocks else None]]
 
-    def restore(self, values: Sequence[Tensor], positions: Sequence[int] | None = None) -> None:
-        """Take masters and parameters back to a snapshot, at `positions` only where given."""
-        for i in range(len(self.masters)) if positions is None else positions:
-            self.masters[i].copy_(values[i])
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """Take masters and parameters back to a snapshot; what it does not hold stays."""
+        for master, value in zip(self.masters, values, strict=False):
+            master.copy_(value)
         self.write()
 
     def shapes(self) -> list[str]:
@@ -117,16 +136,11 @@ class Checkpoint:
         """
         if self._path is None or not self._writes:
             return
-        partial = self._path.with_suffix(".partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with written_whole(self._path) as (path,), path.open("wb") as file:
                 torch.save({"fingerprint": self._fingerprint, **state}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._path)
         except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
             why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch says less than it
             raise ResourceError(
                 f"healing: its state could not be written to {self._path} ({first_line(why)}); free some disk and run "
@@ -159,8 +173,10 @@ class Checkpoint:
 
 
 @contextlib.contextmanager
-def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
+def training_room(seed: int, *models: nn.Module, advice: str = "") -> Iterator[None]:
     """Gradients on, `models` in eval mode, own random state, deterministic kernels; everything is put back afterwards.
+
+    `advice` is added to what is said where memory runs out.
 
     Raises:
         ResourceError: memory ran out inside.
@@ -179,11 +195,11 @@ def training_room(seed: int, *models: nn.Module) -> Iterator[None]:
             torch.manual_seed(seed)
             yield
     except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(_MEMORY) from error
+        raise ResourceError(_MEMORY + advice) from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
             raise
-        raise ResourceError(_MEMORY) from error
+        raise ResourceError(_MEMORY + advice) from error
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]

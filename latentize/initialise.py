@@ -30,7 +30,7 @@ from latentize.reread import Reading
 from latentize.rescale import check_factors, copy_router, divided, expand, separate_banks
 from latentize.routing import Routing
 from latentize.spec import LatentSpec, MoESpec, RouterSpec
-from latentize.statistics import BlockStatistics
+from latentize.statistics import BlockStatistics, Sample
 
 #: A token counts in proportion to this power of its importance, which is a noisy estimate, within these bounds.
 IMPORTANCE_POWER = 0.5
@@ -178,10 +178,7 @@ class _Tokens:
         hidden = sample.hidden.to(weight)
         seen = hidden if sample.router_hidden is None else sample.router_hidden.to(weight)
         routing = Routing(hidden.new_empty(0), sample.weights.to(weight), sample.indices.to(weight.device))
-        importance = hidden.new_ones(len(hidden)) if sample.importance is None else sample.importance.to(weight)
-        least, most = IMPORTANCE_RANGE
-        weights = importance.clamp(least, most).pow(IMPORTANCE_POWER / 2).unsqueeze(1)
-        return cls(hidden, seen, routing, weights)
+        return cls(hidden, seen, routing, token_weights(sample).to(weight).unsqueeze(1))
 
     def moved_to(self, reading: Reading, spec: MoESpec) -> _Tokens:
         """The same tokens as the block reads them now, with the routing that the original gives them."""
@@ -202,6 +199,13 @@ class _Tokens:
         """The first `count` tokens."""
         routing = Routing(self.routing.logits, self.routing.weights[:count], self.routing.indices[:count])
         return _Tokens(self.hidden[:count], self.seen[:count], routing, self.weights[:count])
+
+
+def token_weights(sample: Sample) -> Tensor:
+    """[S] what each token's residual counts by in least squares: roots of importances, within bounds."""
+    importance = torch.ones(len(sample.hidden)) if sample.importance is None else sample.importance
+    least, most = IMPORTANCE_RANGE
+    return importance.clamp(least, most).pow(IMPORTANCE_POWER / 2)
 
 
 def input_sensitivity(spec: MoESpec, hidden: Tensor, routing: Routing, importance: Tensor, seed: int) -> Tensor:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from latentize.kernels_triton_steps import Config, Step
 from latentize.native_build import cache_folder
+from latentize.whole_files import write_text
 
 _log = logging.getLogger(__name__)
 Attempt = Callable[[Config], None]
@@ -143,8 +143,6 @@ def _write(path: Path | None, key: str, options: dict[str, int]) -> None:
         return
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({**_read(path), key: options}, file, indent=1)
-        Path(file.name).replace(path)
+        write_text(path, json.dumps({**_read(path), key: options}, indent=1))
     except OSError as error:
         _log.info("kernel choices are not kept: %s", error)

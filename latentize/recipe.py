@@ -77,10 +77,13 @@ class Recipe(BaseModel):
     and keeps N and k (variant "fixed") unless told otherwise. `variant` says what the saving buys: "acc" αN experts
     and αk active, "eff" αN experts and k active, "fixed" neither; `experts_factor` and `topk_factor` override it.
     `init` "activation" uses calibration data, "weights" the weights alone. `heal_steps` None chooses, 0 does not heal.
-    `bypass` r > 0 adds a linear map of rank r around the routed experts of each block, which leaves the plain LatentMoE
-    form. `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None
-    keeps the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none
-    for the usual ones.
+    `heal_train` "latent" trains the rewritten blocks; "all" also everything outside them end to end, except what
+    requires no gradient. `refit_shared` lets the last layer of a shared expert, which nothing else touches, absorb what
+    the routed path lost; healing leaves it at that, so that it does not go with `heal_train` "all". `bypass`
+    r > 0 adds a linear map of rank r around the routed experts of each block, which leaves the plain LatentMoE form.
+    `include` and `exclude` are shell patterns of block names. `dtype` is the dtype of the rewritten blocks; None keeps
+    the original's. `profiles` are what exported graphs are made fast for, and what TensorRT engines take; none for the
+    usual ones.
 
     Raises:
         LatentizeError: a field is unknown (the nearest known one is named) or out of range.
@@ -97,11 +100,13 @@ class Recipe(BaseModel):
     init: Literal["activation", "weights"] = "activation"
     heal_steps: Annotated[int, Field(ge=0)] | None = None
     bypass: Annotated[int, Field(ge=0)] = 0
+    heal_train: Literal["latent", "all"] = "latent"
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     profiles: tuple[EngineProfile, ...] = ()
+    refit_shared: bool = False
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -138,6 +143,15 @@ class Recipe(BaseModel):
     def _bypass_has_data(self) -> Self:
         if self.bypass and self.init == "weights":
             raise ValueError("bypass is fitted to calibration data, which init: weights does not look at")
+        return self
+
+    @model_validator(mode="after")
+    def _shared_experts_once(self) -> Self:
+        if self.refit_shared and self.heal_train == "all" and self.heal_steps != 0:
+            raise ValueError(
+                "heal_train: all trains the shared experts too, which refit_shared would refit and then leave; give "
+                "one of them"
+            )
         return self
 
     @model_validator(mode="after")

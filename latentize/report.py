@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +28,7 @@ from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
 from latentize.load_balance import ExpertLoad
 from latentize.spec import MoESpec
+from latentize.whole_files import written_whole
 
 SCHEMA_VERSION = 1
 JSON_NAME = "report.json"
@@ -139,6 +138,24 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """What the recipe's refit did to the shared expert of one block: `tensors` are the model's that it changed.
+
+    They are the only ones outside the blocks that differ from the original's. `reason` says why there are none. Errors
+    are those of the sum of routed and shared output, relative, over `held_out` calibration tokens that the refit has
+    not seen; a `gated` shared expert counts by another number for every token.
+    """
+
+    tensors: tuple[str, ...]
+    reason: str = ""
+    gated: bool = False
+    held_out: int = 0
+    error_before: float | None = None
+    error_after: float | None = None
+    bytes_added: int = 0
+
+
+@dataclass(frozen=True)
 class BlockRecord:
     """One place that looked like an MoE, in the model's order. `plan` is None where the block was left as it is.
 
@@ -156,10 +173,11 @@ class BlockRecord:
     errors: Errors | None = None
     load_before: ExpertLoad | None = None
     load_after: ExpertLoad | None = None
+    shared_expert: SharedExpert | None = None
 
     @classmethod
     def of(cls, block: Block, **measured: Any) -> BlockRecord:
-        """The record of `block`, with what else was measured: plan, errors, load_before, load_after, or a reason."""
+        """The record of `block` with what else was measured: plan, errors, loads, shared_expert; or with a reason."""
         known: dict[str, Any] = {"reason": block.reason, "max_error": block.max_error, "evidence": block.evidence}
         if block.spec is not None:
             known |= {"computes": block.spec.describe(), "sizes": Sizes.of(block.spec)}
@@ -168,11 +186,16 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data that the conversion saw."""
+    """The data that the conversion saw.
+
+    `healed_outside` is how many parameters outside the rewritten blocks healing trained; with 0 they are the
+    original's.
+    """
 
     batches: int
     tokens: int
     heal_steps: int = 0
+    healed_outside: int = 0
 
 
 @dataclass(frozen=True)
@@ -328,27 +351,16 @@ def read(out: Path) -> Report:
 
 
 def _write_together(folder: Path, texts: Mapping[str, str]) -> None:
-    """Files by name: all are written beside their places before the first takes its own."""
-    written: dict[Path, Path] = {}
-    path = folder
+    """Files by name, all of them or none."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            path = folder / name
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.")
-            written[Path(temporary)] = path
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
-            Path(temporary).chmod(0o644)
-        for temporary_path, path in written.items():
-            temporary_path.replace(path)
+        with written_whole(*(folder / name for name in texts)) as paths:
+            for path, text in zip(paths, texts.values(), strict=True):
+                path.write_text(text, encoding="utf-8")
     except OSError as error:
-        for temporary_path in written:
-            temporary_path.unlink(missing_ok=True)
         raise ResourceError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another folder, and run again"
+            f"{folder / ' and '.join(texts)}: cannot be written ({error.strerror}); free some space or choose another "
+            "folder, and run again"
         ) from None
 
 

@@ -43,6 +43,7 @@ def render(report: Report) -> str:
         passed=list(passed_gates(report)),
         limits=list(limits(report)),
         totals=totals(report),
+        shared_experts=[block for block in report.rewritten if block.shared_expert is not None],
     )
     return text
 
@@ -119,6 +120,11 @@ def limits(report: Report) -> Iterator[str]:
         yield "No calibration data was given: the weights alone decided, and nothing was healed."
     elif not report.calibration.heal_steps:
         yield "Nothing was healed."
+    elif report.calibration.healed_outside:
+        yield (
+            f"Healing trained {report.calibration.healed_outside:,} parameters outside the rewritten blocks too: they "
+            "are no longer the original's."
+        )
     if report.evaluation is None:
         yield "Accuracy was not measured: the model came without an evaluate function."
     if report.recipe.get("variant") == "acc" and report.rewritten:

@@ -18,7 +18,7 @@ from latentize.bench import Latency
 from latentize.blocks import Block
 from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
-from latentize.conversion import Prepared, Rewritten, Survey
+from latentize.conversion import Prepared, Rewritten, Start, Survey
 from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
 from latentize.exporters.onnx_costs import FormChoice
 from latentize.exporters.tensorrt import Engine
@@ -31,7 +31,6 @@ from latentize.progress import Steps
 from latentize.recipe import Recipe
 from latentize.report import OnnxAgreement
 from latentize.sources import Source, open_model, split_model
-from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics
 
 #: Batches that statistics are collected on in a dry run.
@@ -213,7 +212,8 @@ def dry_run(job: Job) -> None:
     if prepared.forecast.curves:
         terminal.print_outlook(job.console, Outlook.of(prepared))
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
-    notes = [_seen(job.batches), *_plan_warnings(job, prepared), f"would write {job.options.out}"]
+    shared = run_report.shared_experts(prepared, job.options.recipe)
+    notes = [_seen(job.batches), *_plan_warnings(job, prepared), *shared, f"would write {job.options.out}"]
     terminal.print_end(job.console, (), [*job.warnings, *notes], (), "")
 
 
@@ -231,12 +231,12 @@ def run(job: Job) -> None:
         kept.open(marks, resume=False)
     graph = run_export.original(job, kept.folder)
     before = _evaluate(job, job.source.model)
-    prepared, specs = _start(job, kept)
+    prepared, started = _start(job, kept)
     spent = run_report.spent(prepared, job.options.recipe)
-    terminal.print_plan(job.console, run_report.plans(prepared, specs), spent)
+    terminal.print_plan(job.console, run_report.plans(prepared, started.specs), spent)
     terminal.print_end(job.console, (), _plan_warnings(job, prepared), (), "")
     staging.check_space(job.options.out, run_report.estimated_bytes(job.source.model, prepared, job.options))
-    result, evaluation = _heal(job, kept, prepared, specs, before)
+    result, evaluation = _heal(job, kept, prepared, started, before)
     gates: list[Gate] = []
     with staging.staged(job.options.out) as folder:
         with job.steps.step("save"):
@@ -263,7 +263,7 @@ class Measured:
     gates: tuple[Gate, ...]
 
 
-def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
+def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, Start]:
     recipe, model, selected = job.options.recipe, job.source.model, job.survey.selected
     statistics = None
     if job.batches and recipe.init == "activation":
@@ -276,15 +276,16 @@ def _start(job: Job, kept: Checkpoints) -> tuple[Prepared, dict[str, MoESpec]]:
         prepared = conversion.prepare(model, selected, recipe, job.batches, statistics=statistics, progress=progress)
         run_export.check_checkpoints(job, prepared)
     with job.steps.step("initialise") as progress:
-        specs = kept.stage("start", dict[str, MoESpec], lambda: conversion.start(prepared, recipe, progress))
-    return prepared.after_start(), specs
+        started = kept.stage("start", Start, lambda: conversion.begin(prepared, recipe, progress))
+    return prepared.after_start(), started
 
 
 def _heal(
-    job: Job, kept: Checkpoints, prepared: Prepared, specs: Mapping[str, MoESpec], before: Mapping[str, float]
+    job: Job, kept: Checkpoints, prepared: Prepared, started: Start, before: Mapping[str, float]
 ) -> tuple[api.Result, Evaluation | None]:
     recipe, model = job.options.recipe, job.source.model
-    student = conversion.rewrite(model, job.survey.selected, specs)
+    student = conversion.rewrite(model, job.survey.selected, started.specs, started.refits)
+    student = api.separate(student, job.batches, recipe)
     start = _evaluate(job, student.model)
     errors = kept.stage(
         "errors-initialised", dict[str, float],

@@ -27,7 +27,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build(
-    out: Path, targets: Sequence[str], experts: Experts, *, profiles: Sequence[str] = (), dtype: str | None = None,
+    out: Path, targets: Sequence[str], experts: Experts, *, profiles: Sequence[Profile] = (), dtype: str | None = None,
     quiet: bool = False,
 ) -> None:  # fmt: skip
     """Build for the converted model in OUT what each target needs; the report gets what was built.
@@ -37,7 +37,7 @@ def build(
         targets: of `LIBRARIES` for a library of latentize's operator that onnxruntime registers, or what engines are
             built for; none for the default of the TensorRT library that is installed.
         experts: how the routed experts run.
-        profiles: as the command line spells them; none for the recipe's.
+        profiles: what the engines take; none for the recipe's.
         dtype: of `DTYPES`; the model is exported again in it. None for that of the graph in OUT.
         quiet: say nothing.
 
@@ -69,7 +69,7 @@ def _library(out: Path, targets: Sequence[str]) -> Library:
 
 
 def _engines(
-    out: Path, targets: Sequence[str], experts: Experts, profiles: Sequence[str], dtype: str | None, *, quiet: bool
+    out: Path, targets: Sequence[str], experts: Experts, profiles: Sequence[Profile], dtype: str | None, *, quiet: bool
 ) -> None:
     from latentize.exporters import tensorrt
     from latentize.run_compare import check_report, require_tensorrt
@@ -77,9 +77,8 @@ def _engines(
     manifest = artefact.read_manifest(out)
     require_tensorrt("latentize build")
     check_report(out)
-    asked = [Profile.parse(text) for text in profiles]
     planned = manifest.recipe.get("profiles") or ()
-    chosen = choose(asked, planned, _longest(out))
+    chosen = choose(profiles, planned, _longest(out))
     if dtype is None and not (out / REWRITTEN).exists():
         raise LatentizeError(
             f"{out}: engines are built from {REWRITTEN}, which is not there; convert with --export onnx"
@@ -93,7 +92,7 @@ def _engines(
                 source = _exported(out, dtype, Path(folder))
         with steps.step("build") as show:
             engines = tensorrt.build(
-                out, targets=targets, profiles=chosen, strict=bool(asked or planned), experts=experts, source=source,
+                out, targets=targets, profiles=chosen, strict=bool(profiles or planned), experts=experts, source=source,
                 progress=show,
             )  # fmt: skip
     for line in (*map(describe, engines), *_kept(out, engines=engines)):

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from latentize import __version__, report, store, terminal
+from latentize import __version__, api, conversion, report, store, terminal
 from latentize.blocks import Block
 from latentize.conversion import Prepared
 from latentize.errors import MissingExtraError
-from latentize.heal import HealPlan
 from latentize.outlook import Outlook
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
-from latentize.report import BlockRecord, Calibration, Environment, File, Model, Plan, Report, Stage
+from latentize.refit import Refit
+from latentize.report import BlockRecord, Calibration, Environment, File, Model, Plan, Report, SharedExpert, Stage
 from latentize.run_build import describe
 from latentize.run_onnx import ORIGINAL, REWRITTEN
 from latentize.spec import MoESpec
@@ -38,6 +38,9 @@ _FILES = {
 }  # fmt: skip
 #: What other files are, by their ending.
 _KINDS = {".safetensors": "weights", ".engine": "TensorRT engine of the rewritten model", ".data": "weights of a graph"}
+
+#: How often the checkpoints of healing hold what it trains: weights, the best ones, and the optimiser's state.
+_HEALED = 5
 
 
 def plans(prepared: Prepared, specs: Mapping[str, MoESpec] | None = None) -> dict[str, Plan]:
@@ -67,6 +70,16 @@ def spent(prepared: Prepared, recipe: Recipe) -> str:
     )
 
 
+def shared_experts(prepared: Prepared, recipe: Recipe) -> Iterator[str]:
+    """What the recipe will have refitted beside the blocks, and what that costs; or why nothing, a line for each."""
+    for name, found in conversion.shared_experts(prepared, recipe).items():
+        if isinstance(found, str):
+            yield f"{name}: {found}"
+        else:
+            names = " and ".join(filter(None, (found.weight, found.bias)))
+            yield f"{name}: would refit {names} where held-out tokens gain, 0 bytes added"
+
+
 def estimated_bytes(model: nn.Module, prepared: Prepared, options: Options) -> int:
     """Bytes that a run will write, about: the model, its graphs, and the checkpoints on the way."""
     whole = _state_bytes(model)
@@ -74,7 +87,8 @@ def estimated_bytes(model: nn.Module, prepared: Prepared, options: Options) -> i
     new = sum(_stored_after(plan) for plan in prepared.plans.values())
     after = whole - blocks + new
     graphs = (whole + after) if options.graphs else 0
-    return (1 + len(options.checkpoints)) * after + graphs + 4 * new + 2**20
+    outside = _HEALED * (whole - blocks) if options.recipe.heal_train == "all" and options.recipe.heal_steps != 0 else 0
+    return (1 + len(options.checkpoints)) * after + graphs + 4 * new + outside + 2**20
 
 
 def write(job: Job, result: Result, prepared: Prepared, measured: Measured, folder: Path) -> Report:
@@ -87,7 +101,7 @@ def write(job: Job, result: Result, prepared: Prepared, measured: Measured, fold
         environment=Environment.here(),
         recipe=options.recipe.model_dump(mode="json"),
         blocks=tuple(_records(result, prepared, measured)),
-        calibration=_calibration(job, prepared),
+        calibration=_calibration(job, prepared, result),
         evaluation=measured.evaluation,
         outputs=measured.outputs,
         latency=measured.latency,
@@ -111,6 +125,7 @@ def write(job: Job, result: Result, prepared: Prepared, measured: Measured, fold
 def show(console: Console, made: Report, out: Path) -> None:
     """Print a report's findings; the plan was printed before."""
     terminal.print_errors(console, made.blocks)
+    terminal.print_shared_experts(console, made.blocks)
     terminal.print_evaluation(console, made.evaluation, made.outputs)
     if made.latency:
         terminal.print_latency(console, made.latency)
@@ -171,9 +186,18 @@ def _records(result: Result, prepared: Prepared, measured: Measured) -> Iterator
             yield BlockRecord.of(block, **reason)
             continue
         before, after = measured.loads.get(block.name, (None, None))
+        refit = result.refits.get(block.name)
         yield BlockRecord.of(
-            block, plan=made[block.name], errors=result.errors[block.name], load_before=before, load_after=after
-        )
+            block, plan=made[block.name], errors=result.errors[block.name], load_before=before, load_after=after,
+            shared_expert=None if refit is None else _shared_expert(refit),
+        )  # fmt: skip
+
+
+def _shared_expert(refit: Refit) -> SharedExpert:
+    return SharedExpert(
+        tuple(refit.tensors), refit.reason, refit.gated, refit.held_out, refit.error_before, refit.error_after,
+        refit.bytes_added,
+    )  # fmt: skip
 
 
 def _model(job: Job, result: Result) -> Model:
@@ -189,11 +213,12 @@ def _model(job: Job, result: Result) -> Model:
     )
 
 
-def _calibration(job: Job, prepared: Prepared) -> Calibration | None:
+def _calibration(job: Job, prepared: Prepared, result: Result) -> Calibration | None:
     if not job.batches:
         return None
-    steps = HealPlan.chosen(job.options.recipe.heal_steps).steps
-    return Calibration(len(job.batches), prepared.tokens, steps)
+    steps = api.heal_plan(job.options.recipe, result.refits).steps
+    outside = 0 if result.healing is None else result.healing.outside
+    return Calibration(len(job.batches), prepared.tokens, steps, outside)
 
 
 def _files(folder: Path) -> Iterator[File]:

@@ -29,6 +29,9 @@ class Soap(torch.optim.Optimizer):
         eps: added to the root of the second moments.
         refresh: steps between two refreshes of the bases.
         each: runs a function on every item of a sequence, possibly side by side.
+
+    A parameter group with `keep_idle` keeps the coordinates of a side of which the first gradient leaves some rows (or
+    columns) out, tables that are looked up for example, so that what has no gradient stays where it is.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ def _update(parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: d
     if not state:
         state.update(step=0, mean=torch.zeros_like(gradient), square=torch.zeros_like(gradient))
         if gradient.ndim > 1:
-            _start_bases(state, gradient)
+            _start_bases(state, gradient, keep_idle=group.get("keep_idle", False))
         if len(state) > 3:
             return  # in its own bases the first gradient is diagonal: its other second moments are rounding noise
     state["step"] += 1
@@ -81,10 +84,11 @@ def _update(parameter: Tensor, gradient: Tensor, group: dict[str, Any], state: d
             _refresh_bases(state)
 
 
-def _start_bases(state: dict[str, Any], gradient: Tensor) -> None:
+def _start_bases(state: dict[str, Any], gradient: Tensor, *, keep_idle: bool) -> None:
     rows, columns = gradient.shape[-2:]
-    for side, size, factor in (("row", rows, gradient @ gradient.mT), ("column", columns, gradient.mT @ gradient)):
-        if size <= MAX_SIDE:
+    for side, size, along in (("row", rows, gradient), ("column", columns, gradient.mT)):
+        if size <= MAX_SIDE and not (keep_idle and bool((along == 0).all(-1).any())):
+            factor = along @ along.mT
             state[f"{side}_factor"] = factor
             state[f"{side}_basis"] = torch.linalg.eigh(factor.double()).eigenvectors.to(gradient.dtype)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from latentize.whole_files import written_whole
 
 T = TypeVar("T")
 
@@ -91,11 +91,9 @@ def save(value: Any, path: Path) -> None:
         return name
 
     data = encode(value, put)
-    partial = path.with_suffix(".partial")
-    with _gone_on_failure(partial):
-        save_file(tensors, partial)
-        partial.replace(path.with_suffix(".safetensors"))
-    write_text(path.with_suffix(".json"), json.dumps(data))
+    with written_whole(path.with_suffix(".safetensors"), path.with_suffix(".json")) as (weights, described):
+        save_file(tensors, weights)
+        described.write_text(json.dumps(data), encoding="utf-8")
 
 
 def load(kind: type[T], path: Path) -> T:
@@ -108,24 +106,3 @@ def load(kind: type[T], path: Path) -> T:
     with safe_open(path.with_suffix(".safetensors"), framework="pt") as file:
         value: T = decode(kind, data, file.get_tensor)
     return value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with _gone_on_failure(partial):
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-
-
-@contextmanager
-def _gone_on_failure(partial: Path) -> Iterator[None]:
-    """Half a file on a full disk would stand in the way of what comes next."""
-    try:
-        yield
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

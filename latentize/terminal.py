@@ -111,6 +111,21 @@ def print_errors(console: Console, records: Iterable[BlockRecord]) -> None:
     console.print(table)
 
 
+def print_shared_experts(console: Console, records: Iterable[BlockRecord]) -> None:
+    """What became of each block's shared expert, a line each; nothing where no refit was asked for."""
+    for record in records:
+        shared = record.shared_expert
+        if shared is None or not shared.tensors:
+            continue  # the reason is among the notes
+        console.print(
+            plain(
+                f"Shared expert of {record.name} ({' and '.join(shared.tensors)}) refitted: error of routed + shared "
+                f"output {small(shared.error_before)} → {small(shared.error_after)} on {shared.held_out:,} held-out "
+                f"tokens; {amount(shared.bytes_added, 'B')} added"
+            )
+        )
+
+
 def print_evaluation(console: Console, evaluation: Evaluation | None, outputs: OutputAgreement | None) -> None:
     """The model's own scores and the agreement of outputs."""
     if evaluation is not None:

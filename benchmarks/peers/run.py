@@ -88,7 +88,7 @@ def _measure(teacher: Teacher, name: str, latent: int, options: argparse.Namespa
         if callable(method):
             rebuilt = {block: method(spec, teacher.statistics[block], latent) for block, spec in originals.items()}
         else:
-            rebuilt = _ours(teacher, Recipe(latent_dim=latent, variant="fixed", init=method))
+            rebuilt = _ours(teacher, Recipe(latent_dim=latent, variant="fixed", init=method, heal_steps=options.heal))
     seconds = time.process_time() - begin
     student = teacher.student({block: r.spec for block, r in rebuilt.items()})
     with held(student.blocks, {block: r.forms for block, r in rebuilt.items()}):

@@ -70,6 +70,23 @@ def test_transformers_opens_it_unmodified(result, ids, tmp_path, per_expert):
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+def test_what_was_trained_outside_the_blocks_is_written_too(tmp_path):
+    generator = torch.Generator().manual_seed(4)
+    data = [{"input_ids": torch.randint(61, (4, 12), generator=generator)} for _ in range(8)]
+    recipe = latentize.Recipe(latent_dim=8, variant="fixed", heal_steps=8, heal_train="all")
+    model = original()
+    trained = latentize.convert(model, kwargs=data[0], recipe=recipe, calibration=data)
+    assert trained.healing.outside > 0
+    assert nemotron_h.write(tmp_path / "n", trained.model, trained.rewritten, Inputs((), data[0])).error <= 1e-5
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "n").state_dict()
+    mine, before = trained.model.state_dict(), model.state_dict()
+    outside = [name for name in mine if name in again and name in before and ".mixer.gate." not in name]
+    assert all(torch.equal(again[name], mine[name]) for name in outside)
+    moved = {name for name in outside if not torch.equal(mine[name], before[name])}
+    assert {"model.embeddings.weight", "lm_head.weight", "model.layers.1.mixer.q_proj.weight"} <= moved
+    assert {"model.layers.0.mixer.shared_experts.up_proj.weight", "model.layers.2.mixer.A_log"} <= moved
+
+
 def test_what_the_file_computes_is_checked(result, ids, tmp_path, monkeypatch):
     state = nemotron_h._block_state
     monkeypatch.setattr(nemotron_h, "_block_state", lambda *a: {k: 1.01 * v for k, v in state(*a).items()})

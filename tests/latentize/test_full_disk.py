@@ -1,6 +1,7 @@
 """Whatever is written is whole or not there, with every amount of room that a disk may have left."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 
 pytestmark = pytest.mark.skipif(not small_disk.available(), reason="no mounts of one's own here")
 
-WRITES = ("save", "save again", "nemotron_h", "nemotron_h-hub", "nemotron_h again", "onnx", "onnx data", "report",
-          "report again", "checkpoint")  # fmt: skip
+WRITES = ("save", "save again", "nemotron_h", "nemotron_h-hub", "nemotron_h again", "onnx", "onnx data",
+          "onnx blocks", "report", "report again", "checkpoint")  # fmt: skip
 
 #: Folders that may be left, empty.
 EMPTY = {"report": ["out"], "checkpoint": [".out.work"]}
@@ -74,6 +75,7 @@ def writes(disk):
     from latentize.checkpoints import Checkpoints
     from latentize.exporters import nemotron_h
     from latentize.exporters.onnx import export_onnx
+    from latentize.exporters.onnx_blocks import block_errors
     from latentize.exporters.onnx_file import write_model
     from latentize.inputs import Inputs
     from latentize.report import Environment, Model, Report
@@ -126,6 +128,12 @@ def writes(disk):
     graph = onnx_ir.load(path)
     for name, above in (("onnx", 1 << 30), ("onnx data", 0)):
         found[name] = disk.sweep(lambda above=above: write_model(graph, path, above), lambda: bool(onnx_ir.load(path)))
+
+    moe, x = next(iter(result.rewritten.values())), torch.randn(5, 32)
+    export_onnx(moe, (x,), {}, whole := disk.folder.parent / "whole.onnx")
+    found["onnx blocks"] = disk.sweep(
+        lambda: block_errors(path, moe, Inputs((x,), {}), 1e-4), lambda: True, lambda: shutil.copy(whole, path)
+    )
 
     first, second = (Report(version, Model("python", "net", "Net", 10, 12, 40, 48), Environment.here(), {}, ())
                      for version in ("1", "2"))  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,13 +163,16 @@ def test_a_gradient_that_one_part_lacks_is_the_other_parts():
     assert together([found, None]) is None
 
 
-def test_healing_in_threads_is_decided_by_the_seed_and_as_good_as_in_one():
+@pytest.mark.parametrize("train", ["latent", "all"])
+def test_healing_in_threads_is_decided_by_the_seed_and_as_good_as_in_one(train: str):
     calibration = [{"ids": torch.randint(VOCAB, (8, 16), generator=torch.Generator().manual_seed(i))} for i in range(8)]
-    healed, reports = [], []
+    plan, healed, reports = replace(PLAN, train=train), [], []
     for threads in (2, 2, 1):
         torch.set_num_threads(threads)
         w = worker()
-        report = heal(w.student, w.teacher, w.student_blocks, w.teacher_blocks, calibration, steps=PLAN, seed=3)
+        report = heal(w.student, w.teacher, w.student_blocks, w.teacher_blocks, calibration, steps=plan, seed=3)
+        moved = not torch.equal(w.student.head.weight, w.teacher.head.weight)
+        assert (train == "all") == (report.outside > 0) == moved
         healed.append([p.detach().clone() for p in w.student.parameters()])
         reports.append(report)
     assert all(torch.equal(a, b) for a, b in zip(healed[0], healed[1], strict=True))

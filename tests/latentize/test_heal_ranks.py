@@ -32,7 +32,10 @@ with torch.no_grad():
         parameter.mul_(1.1 + 0.05 * rank)  # rank 0's count
 blocks = [{f"blocks.{i}": block for i, block in enumerate(model.blocks)} for model in (student, teacher)]
 batches = [{"ids": torch.randint(VOCAB, (8, 16), generator=torch.Generator().manual_seed(i))} for i in range(8)]
-plan = HealPlan(block_steps=2, model_steps=6, block_tokens=32, piece_tokens=32, held_out=0.2, save_seconds=0.0)
+plan = HealPlan(
+    block_steps=4, model_steps=6, block_tokens=32, own_share=0.5, own_steps=1, piece_tokens=32, held_out=0.2,
+    save_seconds=0.0, train=sys.argv[2],
+)
 seen = []
 def see(_router, args):
     if torch.is_grad_enabled():
@@ -42,13 +45,14 @@ student.blocks[0].router.register_forward_pre_hook(see)
 report = heal(student, teacher, *blocks, batches, steps=plan, seed=3, checkpoint=sys.argv[1] + f"/{rank}")
 print(json.dumps({
     "before": report.loss_before, "after": report.loss_after, "tokens": min(seen),
-    "weights": [p.double().sum().item() for p in student.parameters()],
+    "weights": [p.double().sum().item() for p in student.parameters()], "outside": report.outside,
+    "embed": (student.embed.weight - teacher.embed.weight).norm().item(),
     "wrote": os.path.exists(sys.argv[1] + f"/{rank}/heal.pt"),
 }))
 """
 
 
-def healed(folder: Path, world: int) -> list[dict[str, object]]:
+def healed(folder: Path, world: int, train: str) -> list[dict[str, object]]:
     """What each of `world` processes printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,17 +61,20 @@ def healed(folder: Path, world: int) -> list[dict[str, object]]:
     environment = os.environ | common | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", ONE, str(folder)], env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE
+            [sys.executable, "-c", ONE, str(folder), train], env=environment | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
         )
         for rank in range(world)
     ]
     return [json.loads(process.communicate(timeout=180)[0].splitlines()[-1]) for process in running]
 
 
-def test_processes_share_out_the_steps_and_end_with_the_same_weights(tmp_path: Path):
-    (alone,) = healed(tmp_path / "alone", 1)
-    first, second = healed(tmp_path / "two", 2)
+@pytest.mark.parametrize("train", ["latent", "all"])
+def test_processes_share_out_the_steps_and_end_with_the_same_weights(tmp_path: Path, train: str):
+    (alone,) = healed(tmp_path / "alone", 1, train)
+    first, second = healed(tmp_path / "two", 2, train)
     assert first["weights"] == second["weights"]
+    assert (first["embed"] > 0) == (first["outside"] > 0) == (train == "all")
     assert first["before"] == second["before"] == pytest.approx(alone["before"], rel=1e-5)  # rank 0's weights
     assert first["after"] == second["after"]
     assert first["after"] < 0.5 * first["before"]

@@ -94,3 +94,15 @@ def test_an_expert_without_gradient_stays_where_it_is():
     train(Soap([stack], lr=0.1), stack, [gradient] * 6)
     assert torch.equal(stack[1], torch.ones(3, 3))
     assert not torch.equal(stack[0], torch.ones(3, 3))
+
+
+@pytest.mark.parametrize(("keep", "moves"), [(True, False), (False, True)])
+def test_rows_that_are_never_looked_up_stay_where_they_are_when_asked(keep: bool, moves: bool):
+    idle = [2, 5, 9]
+    table = torch.ones(12, 3)
+    steps = [gradient.float() for gradient in gradients(12, 3)]
+    for gradient in steps:
+        gradient[idle] = 0
+    train(Soap([{"params": [table], "keep_idle": keep}], lr=0.1), table, steps)
+    assert (not torch.equal(table[idle], torch.ones(3, 3))) == moves
+    assert not (table[[0, 1, 3]] == 1).any()

@@ -60,3 +60,9 @@ def test_a_bypass_is_a_rank_and_needs_data():
 def test_there_is_no_one_width_to_ask_for():
     with pytest.raises(LatentizeError, match="chosen for each block"):
         auto().latent_dim_for(64)
+
+
+def test_what_is_refitted_is_not_trained_too():
+    with pytest.raises(LatentizeError, match="heal_train: all trains the shared experts too"):
+        Recipe(refit_shared=True, heal_train="all")
+    assert Recipe(refit_shared=True, heal_train="all", heal_steps=0).refit_shared

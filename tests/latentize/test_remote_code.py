@@ -115,3 +115,37 @@ def test_the_file_defines_every_name_once_and_imports_nothing_of_ours():
     assert len(names) == len(set(names))
     modules = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     assert not any(module.startswith("latentize") for module in modules)
+
+
+def test_what_was_trained_outside_the_blocks_comes_back_too(tmp_path):
+    config = transformers.AutoConfig.for_model(
+        "qwen3_moe", **{**SIZES, **FAMILIES["qwen3_moe"], "tie_word_embeddings": True}
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, tensor in model.named_parameters():
+        if "experts" in name:
+            tensor.data.mul_(8)  # so that there is something to learn
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(1)
+    data = [{"input_ids": torch.randint(61, (8, 16), generator=generator)} for _ in range(12)]
+    recipe = latentize.Recipe(compression=4, variant="fixed", init="weights", heal_steps=12, heal_train="all")
+    result = latentize.convert(model, kwargs=data[0], recipe=recipe, calibration=data)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert result.healing.outside > 0
+    result.save(tmp_path / "out")
+    mine = result.model.state_dict()
+    assert not torch.equal(mine["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    opened = [
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval(),
+        latentize.load(tmp_path / "out"),
+    ]
+    for again in (result.model, *opened):
+        assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+        its = again.state_dict()
+        assert mine.keys() == its.keys()
+        assert all(torch.equal(its[name], tensor) for name, tensor in mine.items())
+    with torch.no_grad():
+        assert torch.equal(opened[1](**data[0]).logits, result.model(**data[0]).logits)
+        wanted, found = result.model.double()(**data[0]).logits, opened[0].double()(**data[0]).logits
+    assert (found - wanted).norm() <= 1e-12 * wanted.norm()

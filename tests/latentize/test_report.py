@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_the_old_report_whole_and_nothing_else(tmp_path, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(ResourceError, match=r"report\.json: cannot be written \(No space left") as raised:
+    with pytest.raises(ResourceError, match=r"report\.json and report\.html: cannot be writ") as raised:
         report.write(small_report(tool_version="9"), tmp_path)
     assert raised.value.exit_code == 5
     assert (tmp_path / "report.json").read_text() == before

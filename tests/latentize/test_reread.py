@@ -96,6 +96,11 @@ def test_few_stages_leave_later_blocks_of_a_stage_with_what_it_began_with(monkey
     assert [reading for _, reading in seen] == [None, None, None]
 
 
+def test_blocks_that_will_be_healed_start_on_what_the_original_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, seen = watched_start(monkeypatch, RECIPE.model_copy(update={"heal_steps": 4}))
+    assert [reading for _, reading in seen] == [None, None, None]
+
+
 def test_knowing_what_earlier_blocks_lost_brings_the_output_closer(monkeypatch: pytest.MonkeyPatch) -> None:
     def error() -> float:
         model = Net()
@@ -110,10 +115,12 @@ def test_knowing_what_earlier_blocks_lost_brings_the_output_closer(monkeypatch: 
     assert one_by_one < 0.99 * error()
 
 
-RECIPE = Recipe(latent_dim=6, variant="fixed")
+RECIPE = Recipe(latent_dim=6, variant="fixed", heal_steps=0)
 
 
-def watched_start(monkeypatch: pytest.MonkeyPatch) -> tuple[conversion.Prepared, list[tuple[str, object]]]:
+def watched_start(
+    monkeypatch: pytest.MonkeyPatch, recipe: Recipe = RECIPE
+) -> tuple[conversion.Prepared, list[tuple[str, object]]]:
     """A start, and the readings that each block was started with, in order."""
     model = Net()
     survey = conversion.survey(model, (batches()[0]["x"],), {}, Recipe())
@@ -126,7 +133,7 @@ def watched_start(monkeypatch: pytest.MonkeyPatch) -> tuple[conversion.Prepared,
         return original(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(conversion, "initialise", spy)
-    specs = conversion.start(prepared, RECIPE)
+    specs = conversion.start(prepared, recipe)
     assert list(specs) == list(prepared.plans)
     assert all(dataclasses.is_dataclass(value) for value in specs.values())
     return prepared, seen

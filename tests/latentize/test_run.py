@@ -195,7 +195,7 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_the_same(net, capsys, 
 
     with monkeypatch.context() as patch:
         patch.setattr("latentize.conversion.measure", pytest.fail)
-        patch.setattr("latentize.conversion.start", pytest.fail)
+        patch.setattr("latentize.conversion.begin", pytest.fail)
         code, _, err = call(capsys, *ARGUMENTS, "--resume")
     assert code == 0, err
     assert names(net) == ["net.py", "out"]

@@ -298,3 +298,21 @@ def test_rewritten_graph_keeps_no_replaced_weight(build: Callable[[], nn.Module]
     result.save(tmp_path / "out")
     saved = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
     assert saved < 0.6 * sum(t.numel() * t.element_size() for t in model.parameters())
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_graph_can_be_trained_whole_and_the_original_only_in_place(inplace: bool) -> None:
+    model = exported("GatedShared")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    data = [(example(4, 64, 10 + seed),) for seed in range(12)]
+    recipe = latentize.Recipe(compression=2, variant="fixed", init="weights", heal_steps=12, heal_train="all")
+    result = latentize.convert(model, args=data[0], recipe=recipe, calibration=data, inplace=inplace)
+    assert result.healing is not None
+    assert result.healing.outside > 0
+    trained = {name: p for name, p in result.model.named_parameters() if "latent_moe" not in name}
+    assert {name.partition(".")[0] for name in trained} == {"always", "how_much"}  # the shared expert and its gate
+    assert not any(torch.equal(p, before[name]) for name, p in trained.items())
+    if inplace:
+        assert all(p is model.get_parameter(name) for name, p in trained.items())
+    else:
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
