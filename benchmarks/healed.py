@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samples"))
 
 import stdlib_lm
 import torch
-from measured import keep, table
+from measured import keep_each
 
 from latentize import conversion
 from latentize.apart import apart
@@ -41,12 +41,7 @@ def main() -> None:
     options = _options()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    rows = []
-    for row in _rows(options):
-        print(table([row], COLUMNS).splitlines()[-1], *row["notes"], sep="\n  ", flush=True)
-        keep("healed", [row], KEY)
-        rows.append(row)
-    print(f"\n{table(rows, COLUMNS)}")
+    keep_each("healed", _rows(options), KEY, COLUMNS)
 
 
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

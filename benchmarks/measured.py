@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,18 @@ def keep(name: str, rows: Sequence[Mapping[str, Any]], key: Sequence[str]) -> li
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps({"rows": merged}, indent=1, ensure_ascii=False) + "\n")
     return merged
+
+
+def keep_each(
+    name: str, rows: Iterable[Mapping[str, Any]], key: Sequence[str], columns: Mapping[str, str]
+) -> None:
+    """Print and keep every row, with its "notes" where it has some, as it comes; then all of them as a table."""
+    made = []
+    for row in rows:
+        print(table([row], columns).splitlines()[-1], *row.get("notes", ()), sep="\n  ", flush=True)
+        made.append(row)
+        keep(name, [row], key)
+    print(f"\n{table(made, columns)}")
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

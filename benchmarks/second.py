@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samples"))
 import stdlib_lm
 import torch
 import torch.nn.functional as F
-from measured import keep, table
+from measured import keep_each
 from torch import nn
 
 import latentize
@@ -57,12 +57,7 @@ def main() -> None:
     options = _options()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    rows = []
-    for row in _rows(options):
-        print(table([row], COLUMNS).splitlines()[-1], flush=True)
-        rows.append(row)
-        keep("second", [row], ("family", "compression", "heal", "refit", "seed"))
-    print(f"\n{table(rows, COLUMNS)}")
+    keep_each("second", _rows(options), ("family", "compression", "heal", "refit", "seed"), COLUMNS)
 
 
 def trained(family: str, steps: int, seed: int = 0) -> nn.Module:

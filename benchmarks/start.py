@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "samples"))
 
 import stdlib_lm
 import torch
-from measured import keep, table
+from measured import keep_each
 
 import latentize
 
@@ -43,12 +43,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
     original = stdlib_lm.evaluate(stdlib_lm.build_model())["bits per byte"]
-    rows = []
-    for row in _rows(options, original):
-        print(table([row], COLUMNS).splitlines()[-1], flush=True)
-        rows.append(row)
-        keep("start", [row], KEY)
-    print(f"\n{table(rows, COLUMNS)}")
+    keep_each("start", _rows(options, original), KEY, COLUMNS)
 
 
 def _rows(options: argparse.Namespace, original: float) -> Iterator[dict[str, Any]]:

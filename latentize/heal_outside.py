@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from latentize.apart import entangled
 from latentize.errors import LatentizeError
 from latentize.moe import LatentMoE
+from latentize.soap import matrix_step
 
 #: Stands for a block's name where a parameter is in none.
 OUTSIDE = ""
@@ -54,7 +55,7 @@ def outside(
 def step_sizes(names: Sequence[str], masters: Sequence[Tensor]) -> list[float]:
     """How large a step of each of these parameters is a relative change of about 1, for `OUTSIDE_RATE` of the rate.
 
-    Of a matrix, as `latentize.heal_state.Trainables.step_sizes` says; of a vector, a small part of its own size. What
+    Of a matrix, as `latentize.soap.matrix_step` says; of a vector, a small part of its own size. What
     is zero moves as the others of its module do on average, or as all do.
     """
     sizes = [_size(master) for master in masters]
@@ -71,8 +72,7 @@ def _size(master: Tensor) -> float:
     own = float(master.square().mean().sqrt())
     if master.ndim < 2:
         return _VECTOR * own
-    r, c = master.shape[-2:]
-    return float(own * (r**0.5 + c**0.5) / (r * c) ** 0.5)
+    return matrix_step(own, master.shape)
 
 
 def _named(names: Sequence[str]) -> str:

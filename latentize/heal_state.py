@@ -14,6 +14,7 @@ from latentize.errors import LatentizeError, ResourceError, first_line
 from latentize.heal_outside import OUTSIDE, step_sizes
 from latentize.inputs import buffers_kept
 from latentize.moe import LatentMoE
+from latentize.soap import matrix_step
 from latentize.whole_files import written_whole
 
 #: Name of the state file in a checkpoint folder.
@@ -62,23 +63,21 @@ class Trainables:
     def step_sizes(self, teacher_blocks: Mapping[str, LatentMoE]) -> list[float]:
         """How large a step of each parameter is a relative change of about 1.
 
-        An optimiser of Adam's kind moves every entry of a matrix [r, c] by its rate, a change of spectral norm up to
-        √(r c) times the rate, while a matrix of independent entries of size s has one near s (√r + √c): their quotient,
-        so that one relative rate serves models of all sizes. s is the smaller of the parameter's and its original's
-        root mean square, since fitted outputs can be large and cancel. A vector moves as the block's matrices do on
-        average. `latentize.heal_outside` says it of what is outside the blocks.
+        Of a matrix, as `latentize.soap.matrix_step` says, so that one relative rate serves models of all sizes; its
+        size is the smaller of the parameter's and its original's, since fitted outputs can be large and cancel. A
+        vector moves as the block's matrices do on average. `latentize.heal_outside` says it of what is outside the
+        blocks.
         """
         sizes = []
         for (block, name), master in list(zip(self.names, self.masters, strict=True))[: self.in_blocks]:
             if "bias" in name:
                 sizes.append(0.0)
                 continue
-            r, c = master.shape[-2:]
             own = float(master.square().mean().sqrt())
             original = dict(teacher_blocks[block].named_parameters()).get(name)
             if original is not None:
                 own = min(own, float(original.detach().double().square().mean().sqrt())) or own
-            sizes.append(own * (r**0.5 + c**0.5) / (r * c) ** 0.5)
+            sizes.append(matrix_step(own, master.shape))
         for block in {name for name, _ in self.names[: self.in_blocks]}:
             places = self.of(block)
             known = [sizes[i] for i in places if sizes[i]]

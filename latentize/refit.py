@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from latentize.errors import first_line
 from latentize.inputs import Batch
-from latentize.output_fit import FIT_BYTES, RIDGE
+from latentize.output_fit import FIT_BYTES, ridge_for
 from latentize.passes.listening import listening, without_gradients
 from latentize.passes.shared_expert import Heard, SharedExpert, hear
 from latentize.sources import out_of_memory
@@ -217,8 +217,7 @@ class _Sums:
             return replace(made, reason=f"{expert.weight} left as it is: too few calibration tokens reach it")
         assert fitted.moment is not None
         size = len(fitted.gram)
-        mean = float(fitted.gram.diagonal().sum()) / size
-        ridge = RIDGE * (1.0 + 10.0 * (size / fitted.tokens) ** 2) * mean + torch.finfo(torch.float64).tiny
+        ridge = ridge_for(fitted.gram.trace().item(), size, fitted.tokens)
         normal = fitted.gram + ridge * torch.eye(size, dtype=torch.float64, device=fitted.gram.device)
         change = torch.cholesky_solve(fitted.moment, torch.linalg.cholesky(normal))
         width = weight.shape[1]

@@ -17,6 +17,16 @@ from torch import Tensor
 MAX_SIDE = 512
 
 
+def matrix_step(size: float, shape: Sequence[int]) -> float:
+    """How large a step of a matrix [..., r, c] with entries of root mean square `size` is a relative change of about 1.
+
+    A step of this kind moves every entry by its rate, a change of spectral norm up to √(r c) times the rate, while a
+    matrix of independent entries of that size has one near size (√r + √c): their quotient.
+    """
+    r, c = shape[-2:]
+    return float(size * (r**0.5 + c**0.5) / (r * c) ** 0.5)
+
+
 class Soap(torch.optim.Optimizer):
     """SOAP over parameters [..., r, c] seen as stacks of matrices; plain Adam over vectors.
 
