@@ -1,12 +1,13 @@
-"""Two more architectures, with shared experts: trained on the sample's text, converted, their shared experts refitted.
+"""Other architectures, with shared experts: trained on the sample's text, converted, healed or their experts refitted.
 
-    python benchmarks/second.py                       train both (minutes), then convert without healing
+    python benchmarks/second.py                                       train all (minutes), then convert without healing
     python benchmarks/second.py --family glm4_moe --compression 2 --steps 1200
+    python benchmarks/second.py --variant fixed acc --refit no --heal 400                 healed (half an hour)
 
 Glm4Moe has a plain shared expert, sigmoid scores with a selection bias and groups; Qwen2Moe one with a gate, and
-softmax scores. d 64, two blocks of 16 experts of which 4 work, m 64, shared experts of 128 neurons. Every conversion is
-variant "fixed", on 16 calibration batches unless it is healed, and is measured without and with `refit_shared`. Nothing
-is tuned on these models.
+softmax scores; NemotronH ungated relu² experts, sigmoid scores and a plain shared expert. d 64, two blocks of 16
+experts of which 4 work, m 64, shared experts of 128 neurons. A conversion reads 16 calibration batches unless it is
+healed. Nothing is tuned on these models.
 """
 
 from __future__ import annotations
@@ -45,10 +46,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.0,
     },
     "qwen2_moe": {"num_experts": 16, "shared_expert_intermediate_size": 128, "decoder_sparse_step": 1},
+    "nemotron_h": {
+        "layers_block_type": ["full_attention", "moe"] * 2, "n_routed_experts": 16, "n_group": 1, "topk_group": 1,
+        "moe_shared_expert_intermediate_size": 128, "routed_scaling_factor": 1.0, "mamba_num_heads": 8,
+        "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16,
+    },
 }  # fmt: skip
 COLUMNS = {
-    "family": "", "compression": "g", "heal": "d", "refit": "", "original": ".4f", "bits_per_byte": ".4f",
-    "rise_percent": "+.2f", "sum_error": ".4f", "sum_error_refitted": ".4f", "bytes_added": "d", "seconds": ".0f",
+    "family": "", "variant": "", "compression": "g", "heal": "d", "refit": "", "original": ".4f",
+    "bits_per_byte": ".4f", "rise_percent": "+.2f", "sum_error": ".4f", "sum_error_refitted": ".4f",
+    "bytes_added": "d", "seconds": ".0f",
 }  # fmt: skip
 
 
@@ -57,7 +64,7 @@ def main() -> None:
     options = _options()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
-    keep_each("second", _rows(options), ("family", "compression", "heal", "refit", "seed"), COLUMNS)
+    keep_each("second", _rows(options), ("family", "variant", "compression", "heal", "refit", "seed"), COLUMNS)
 
 
 def trained(family: str, steps: int, seed: int = 0) -> nn.Module:
@@ -88,10 +95,11 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         model = trained(family, options.steps, options.seed)
         original = stdlib_lm.evaluate(model)["bits per byte"]
         print(f"{family}: {original:.4f} bits per byte after {time.process_time() - started:.0f} s", flush=True)
-        for compression, refit in itertools.product(options.compression, (False, True)):
+        for variant, compression, refit in itertools.product(options.variant, options.compression, options.refit):
             recipe = latentize.Recipe(
-                compression=compression, variant="fixed", heal_steps=options.heal, seed=options.seed, refit_shared=refit
-            )
+                compression=compression, variant=variant, heal_steps=options.heal, seed=options.seed,
+                refit_shared=refit == "yes",
+            )  # fmt: skip
             yield {"family": family, "train_steps": options.steps, "heal": options.heal, "seed": options.seed} | (
                 _measure(model, recipe, original)
             )
@@ -106,7 +114,7 @@ def _measure(model: nn.Module, recipe: latentize.Recipe, original: float) -> dic
     bits = stdlib_lm.evaluate(result.model)["bits per byte"]
     kept = [refit for refit in result.refits.values() if refit.kept]
     return {
-        "compression": recipe.compression, "original": original, "bits_per_byte": bits,
+        "variant": recipe.variant, "compression": recipe.compression, "original": original, "bits_per_byte": bits,
         "rise_percent": 100 * (bits / original - 1),
         "refit": f"{len(kept)} of {len(result.plan)}" if recipe.refit_shared else "–",
         "sum_error": _mean([refit.error_before for refit in kept]),
@@ -131,6 +139,8 @@ def _mean(values: list[float | None]) -> float | None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--variant", nargs="+", choices=["fixed", "acc", "eff"], default=["fixed"])
+    parser.add_argument("--refit", nargs="+", choices=["no", "yes"], default=["no", "yes"], help="of shared experts")
     parser.add_argument("--compression", type=float, nargs="+", default=[2.0, 4.0])
     parser.add_argument("--steps", type=int, default=1200, help="of training")
     parser.add_argument("--heal", type=int, default=0, help="steps of healing")

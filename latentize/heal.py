@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from latentize.compare import block_errors
+from latentize.compare import block_errors, main_output
 from latentize.distill import OutputLoss
 from latentize.errors import LatentizeError
 from latentize.heal_blocks import heal_blocks
@@ -37,6 +37,8 @@ from latentize.progress import Progress, silent
 
 #: Held-out batches that show whether the original predicts text.
 _TEXT_BATCHES = 2
+#: Held-out batches that errors of blocks are measured on, evenly spread.
+_ERROR_BATCHES = 4
 _NARROWER = "; training the latent blocks alone (heal_train: latent) takes less"
 
 __all__ = ["BlockHealing", "HealPlan", "HealReport", "heal"]
@@ -82,7 +84,7 @@ def heal(
         notes += left
         trainables = Trainables(student_blocks, teacher, more)
         with contiguous(teacher_blocks):
-            held_out = _usable(teacher, held_out, notes)
+            held_out, targets = _usable(teacher, held_out, notes, steps.activation_bytes)
             loss = OutputLoss.of(teacher, held_out[0])
             embeddings = token_embeddings((teacher, student), held_out[0]) if loss.kind == "kl" else []
             is_text = predicts_next(teacher, embeddings, held_out[:_TEXT_BATCHES])
@@ -98,8 +100,8 @@ def heal(
             with crew.at_work():
                 choice = choose(crew, train) if loss.kind == "kl" and pieces > 1 else None
                 job = Job(
-                    student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, steps, seed,
-                    progress or silent, Checkpoint(checkpoint, fingerprint, writes=ranks.rank == 0), notes,
+                    student, teacher, student_blocks, teacher_blocks, trainables, loss, train, held_out, targets, steps,
+                    seed, progress or silent, Checkpoint(checkpoint, fingerprint, writes=ranks.rank == 0), notes,
                     trainables.step_sizes(teacher_blocks), pieces, crew, ranks, choice,
                     steps.text if is_text else 0.0,
                 )  # fmt: skip
@@ -151,7 +153,8 @@ def _run(job: Job) -> HealReport:
 
 
 def _errors(job: Job) -> dict[str, float]:
-    return block_errors(job.teacher_blocks, job.student_blocks, job.teacher, job.held_out)
+    some = job.held_out[:: max(1, len(job.held_out) // _ERROR_BATCHES)]
+    return block_errors(job.teacher_blocks, job.student_blocks, job.teacher, some)
 
 
 def _loads(job: Job) -> dict[str, ExpertLoad]:
@@ -172,14 +175,25 @@ def _keep_better_start(job: Job, state: State) -> None:
     state.loss_after_blocks = state.best_loss
 
 
-def _usable(teacher: nn.Module, held_out: Subset, notes: list[str]) -> Subset:
-    """The held-out batches on which the teacher's output is finite.
+def _usable(
+    teacher: nn.Module, held_out: Subset, notes: list[str], most: int
+) -> tuple[Subset, list[Tensor] | None]:
+    """The held-out batches on which the teacher's output is finite, and that output where all takes `most` bytes.
 
     Raises:
         LatentizeError: there is none.
     """
+    good: list[int] = []
+    targets: list[Tensor] | None = []
     with torch.no_grad():
-        good = [i for i, batch in enumerate(held_out) if OutputLoss.usable(Inputs.of(batch).call(teacher))]
+        for i, batch in enumerate(held_out):
+            output = Inputs.of(batch).call(teacher)
+            if not OutputLoss.usable(output):
+                continue
+            good.append(i)
+            if targets is not None:
+                targets.append(main_output(output)[0])
+                targets = targets if sum(target.nbytes for target in targets) <= most else None
     if not good:
         raise LatentizeError(
             f"healing: the original's output is not finite on any of the {len(held_out)} held-out calibration batches; "
@@ -187,7 +201,7 @@ def _usable(teacher: nn.Module, held_out: Subset, notes: list[str]) -> Subset:
         )
     if len(good) < len(held_out):
         notes.append(f"{len(held_out) - len(good)} held-out batches gave non-finite outputs and were left out")
-    return held_out.pick(good)
+    return held_out.pick(good), targets
 
 
 def _check(

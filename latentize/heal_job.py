@@ -93,6 +93,7 @@ class Job:
     loss: OutputLoss
     train: Sequence[Batch]
     held_out: Sequence[Batch]
+    targets: Sequence[Tensor] | None  # the teacher's main output on each of those, where it is held
     plan: HealPlan
     seed: int
     progress: Progress
@@ -225,7 +226,7 @@ class Job:
         """Held-out loss, and the number of experts below the least load there."""
         counts = {name: torch.zeros(b.spec.num_experts, dtype=torch.int64) for name, b in self.student_blocks.items()}
         wrong = whole = 0.0
-        for far, out_of, seen in self.crew.each(self._measured, self.held_out):
+        for far, out_of, seen in self.crew.each(self._measured, range(len(self.held_out))):
             wrong, whole = wrong + far, whole + out_of
             for name, selected in seen.items():
                 counts[name] += selected
@@ -236,11 +237,13 @@ class Job:
         return found[0].item(), int(found[1])
 
     @torch.no_grad()
-    def _measured(self, worker: Worker, batch: Batch) -> tuple[float, float, dict[str, Tensor]]:
-        """The two sums of the distance over one batch, and the selections of each block's experts."""
+    def _measured(self, worker: Worker, number: int) -> tuple[float, float, dict[str, Tensor]]:
+        """The two sums of the distance over one held-out batch, and the selections of each block's experts."""
+        batch = self.held_out[number]
         inputs = Inputs.of(batch)
+        target = inputs.call(worker.teacher) if self.targets is None else self.targets[number]
         with RoutingTap(worker.student_blocks) as tap:
-            sums = self.loss.sums(inputs.call(worker.student), inputs.call(worker.teacher), batch)
+            sums = self.loss.sums(inputs.call(worker.student), target, batch)
             return sums[0].item(), sums[1].item(), tap.counts()
 
     def better(self, loss: float, starved: int, state: State) -> bool:

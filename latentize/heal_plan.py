@@ -33,7 +33,7 @@ class HealPlan:
     model_steps: int = 400
     block_tokens: int = 1024
     own_share: float = 0.5
-    own_steps: int = 8
+    own_steps: int = 25
     train: Literal["latent", "all"] = "latent"
     pieces: int = 4
     piece_tokens: int = 512
@@ -70,7 +70,7 @@ class HealPlan:
 
 @dataclass(frozen=True)
 class BlockHealing:
-    """One block on the held-out batches.
+    """One block on some of the held-out batches.
 
     Relative error against the original's routed output on the original's own inputs at the start, after the block-wise
     stage and at the end, which grows where the block makes up for others; its experts' load at the start and the end.

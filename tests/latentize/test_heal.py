@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latentize import heal as heal_module
 from latentize.errors import LatentizeError, ResourceError
 from latentize.heal import HealPlan, heal
 from latentize.heal_state import STATE_FILE
@@ -101,6 +102,24 @@ def test_healing_brings_the_output_closer_and_says_by_how_much():
         assert sum(block.load_after.counts) == 2 * block.load_after.tokens
     held_out = report.held_out_curve[-1][1]
     assert held_out == pytest.approx(report.loss_after)
+
+
+usable = heal_module._usable
+
+
+def test_what_the_original_says_held_out_is_held_where_it_fits(monkeypatch: pytest.MonkeyPatch):
+    outcomes, calls = [], []
+    for most in (QUICK.activation_bytes, 0):
+        monkeypatch.setattr(heal_module, "_usable", lambda *given, most=most: usable(*given[:3], most))
+        student, teacher, mine, its = pair()
+        count = [0]
+        teacher.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        report = heal(student, teacher, mine, its, batches(), steps=QUICK, seed=0)
+        outcomes.append((weights(mine), report.held_out_curve))
+        calls.append(count[0])
+    assert same(outcomes[0][0], outcomes[1][0])
+    assert outcomes[0][1] == outcomes[1][1]
+    assert calls[1] - calls[0] == 2 * (QUICK.evaluations + 2)  # two batches, before either stage too
 
 
 def test_a_bypass_is_trained_in_both_stages():
