@@ -3,8 +3,6 @@
 Calibration data is full of text that follows from itself, tables and licences; the teacher and an early student agree
 there, while what a student still has to learn is how the teacher behaves where much may follow. Every optimiser step
 reads a batch of its own, and of it as many sequences as a piece of it has: as much work, on other text.
-
-A sequence is judged by its beginning where the teacher says the same of that alone.
 """
 
 from __future__ import annotations
@@ -17,15 +15,11 @@ from torch import Tensor
 
 from latentize.compare import main_output
 from latentize.heal_crew import Crew, Worker
-from latentize.heal_pieces import beginnings_of, rows_of, sequences_of
+from latentize.heal_pieces import rows_of, sequences_of
 from latentize.inputs import Batch, Inputs
 
 #: A sequence is drawn in proportion to this power of the teacher's mean entropy on it.
 POWER = 2.0
-#: How much of a sequence is its beginning.
-BEGINNING = 0.5
-#: Largest relative difference between the logits of beginnings and those of the same tokens in whole sequences.
-_ALIKE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -48,31 +42,14 @@ class Choice:
 
 def choose(crew: Crew, batches: Sequence[Batch]) -> Choice | None:
     """Weights from the teacher's predictions; None where a batch has no sequences of logits."""
-    share = BEGINNING if batches and _reads_on(crew.workers[0], batches[0]) else 1.0
-    found = crew.each(lambda worker, batch: _entropies(worker, batch, share), batches)
+    found = crew.each(_entropies, batches)
     weights = [entropy.pow(POWER) for entropy in found if entropy is not None]
     return Choice(weights) if len(weights) == len(batches) else None
 
 
 @torch.no_grad()
-def _reads_on(worker: Worker, batch: Batch) -> bool:
-    """Whether what the teacher says of the beginnings does not depend on what follows them."""
-    begun = beginnings_of(batch, BEGINNING)
-    try:
-        whole, begin = (main_output(Inputs.of(each).call(worker.teacher))[0] for each in (batch, begun))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
-        return False
-    if whole.ndim != 3 or begin.ndim != 3 or not 0 < begin.shape[1] < whole.shape[1]:
-        return False
-    same = whole[:, : begin.shape[1]]
-    return same.shape == begin.shape and bool((begin - same).norm() <= _ALIKE * same.norm())
-
-
-@torch.no_grad()
-def _entropies(worker: Worker, batch: Batch, share: float) -> Tensor | None:
-    """Mean entropy [B] in nats of the teacher's predictions over a share of each sequence, 0 where it is not finite."""
-    if share < 1:
-        batch = beginnings_of(batch, share)
+def _entropies(worker: Worker, batch: Batch) -> Tensor | None:
+    """Mean entropy [B] in nats of the teacher's predictions over each sequence, 0 where it is not finite."""
     logits = main_output(Inputs.of(batch).call(worker.teacher))[0]
     if logits.ndim != 3 or len(logits) != sequences_of(batch):
         return None

@@ -35,23 +35,6 @@ def rows_of(batch: Batch, rows: Tensor) -> Batch:
     return _part(batch, sequences_of(batch), rows)
 
 
-def beginnings_of(batch: Batch, share: float) -> Batch:
-    """The first `share` of the tokens of every sequence; whole where no axis of sequences is seen.
-
-    Every tensor is cut whose first two axes are those of the one that decides by the rule of `pieces_of`.
-    """
-    leading = next((tensor for tensor in Inputs.of(batch).tensors() if _has_sequences(tensor)), None)
-    if leading is None:
-        return batch
-    tokens = max(1, round(share * leading.shape[1]))
-
-    def cut(leaf: Any) -> Any:
-        return leaf[:, :tokens] if isinstance(leaf, Tensor) and leaf.shape[:2] == leading.shape[:2] else leaf
-
-    found: Batch = pytree.tree_map(cut, batch)
-    return found
-
-
 def _part(batch: Batch, sequences: int, rows: slice | Tensor) -> Batch:
     def part(leaf: Any) -> Any:
         divided = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == sequences

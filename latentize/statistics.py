@@ -318,29 +318,48 @@ def _relative(importance: Tensor | None) -> Tensor | None:
 
 
 class _Reservoir:
-    """A uniform sample of rows from a stream: every row draws a random key, and the smallest keys stay."""
+    """A uniform sample of rows from a stream: every row draws a random key, and the smallest keys stay.
+
+    A row that comes later takes the place of one that goes; `rows` puts them back in order.
+    """
 
     def __init__(self, capacity: int, seed: int) -> None:
         self.capacity = capacity
         self.generator = torch.Generator().manual_seed(seed)
         self.keys = torch.empty(0, dtype=torch.float64)
+        self.order = torch.empty(0, dtype=torch.int64)
+        self.offered = 0
         self.columns: dict[str, list[Tensor]] = {}
 
     def add(self, columns: dict[str, Tensor]) -> None:
         """Offer rows; every column has the same number of them."""
         count = len(next(iter(columns.values())))
-        keys = torch.cat([self.keys, torch.rand(count, generator=self.generator, dtype=torch.float64)])
-        if len(keys) <= self.capacity:
-            self.keys = keys
+        keys = torch.rand(count, generator=self.generator, dtype=torch.float64)
+        order = torch.arange(self.offered, self.offered + count)
+        self.offered += count
+        room = min(count, self.capacity - len(self.keys))
+        if room:
+            self.keys, self.order = torch.cat([self.keys, keys[:room]]), torch.cat([self.order, order[:room]])
             for name, tensor in columns.items():
-                self.columns.setdefault(name, []).append(tensor.clone())
+                self.columns.setdefault(name, []).append(tensor[:room].clone())
+        if room == count:
             return
-        kept = keys.topk(self.capacity, largest=False).indices.sort().values
-        self.keys = keys[kept]
+        every = torch.cat([self.keys, keys[room:]])
+        kept = torch.zeros(len(every), dtype=torch.bool)
+        kept[every.topk(self.capacity, largest=False).indices] = True
+        gone, come = (~kept[: self.capacity]).nonzero().flatten(), kept[self.capacity :].nonzero().flatten() + room
+        self.keys[gone], self.order[gone] = keys[come], order[come]
         for name, tensor in columns.items():
-            rows = torch.cat([*self.columns.get(name, []), tensor])
-            self.columns[name] = [rows[kept.to(rows.device)]]
+            parts = self.columns[name]
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            whole[gone.to(whole.device)] = tensor[come.to(tensor.device)]
+            self.columns[name] = [whole]
 
     def rows(self) -> dict[str, Tensor]:
         """The sample, in the order of the stream."""
-        return {name: torch.cat(parts) for name, parts in self.columns.items()}
+        order = self.order.argsort()
+        found = {}
+        for name in list(self.columns):
+            whole = torch.cat(self.columns.pop(name))
+            found[name] = whole[order.to(whole.device)]
+        return found

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from latentize.heal_choice import Choice, choose
 from latentize.heal_crew import Crew, Worker
-from latentize.heal_pieces import beginnings_of, rows_of, sequences_of
+from latentize.heal_pieces import rows_of, sequences_of
 
 IDS = torch.randint(VOCAB, (6, 5), generator=torch.Generator().manual_seed(0))
 
@@ -62,42 +62,6 @@ def test_a_sequence_weighs_more_where_the_teacher_is_less_sure():
     assert weights.diff().lt(0).all()
     entropy = torch.tensor(float(VOCAB)).log()
     torch.testing.assert_close(weights[0], entropy.square(), rtol=1e-5, atol=0)
-
-
-class Reads(nn.Module):
-    """Remembers how many tokens it was given; says of each token what it is, or what the last one is."""
-
-    def __init__(self, *, ahead: bool) -> None:
-        super().__init__()
-        self.ahead = ahead
-        self.lengths: list[int] = []
-
-    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.lengths.append(ids.shape[1])
-        assert mask is None or mask.shape == ids.shape
-        seen = ids[:, -1:].expand_as(ids) if self.ahead else ids
-        return nn.functional.one_hot(seen, VOCAB).float()
-
-
-def test_beginnings_judge_sequences_where_the_teacher_reads_on():
-    batches = [{"ids": IDS, "mask": torch.ones_like(IDS)}, {"ids": IDS.flip(1), "mask": torch.ones_like(IDS)}]
-    onward, back = Reads(ahead=False), Reads(ahead=True)
-    assert choose(crew(onward), batches) is not None
-    assert choose(crew(back), batches) is not None
-    assert onward.lengths == [5, 2, 2, 2]  # tried whole and begun, then the beginning of both batches
-    assert back.lengths == [5, 2, 5, 5]
-
-
-def test_beginnings_are_cut_where_both_axes_are_those_of_the_tokens():
-    batch = {"ids": IDS, "mask": torch.ones(6, 5, 2), "square": torch.ones(6, 1, 5, 5), "few": torch.ones(6), "n": 5}
-    found = beginnings_of(batch, 0.4)
-    assert {name: list(value.shape) for name, value in found.items() if name != "n"} == {
-        "ids": [6, 2], "mask": [6, 2, 2], "square": [6, 1, 5, 5], "few": [6]
-    }  # fmt: skip
-    assert found["n"] == 5
-    assert found["ids"].equal(IDS[:, :2])
-    scale = {"scale": torch.ones(3)}
-    assert beginnings_of(scale, 0.4) is scale
 
 
 def test_nothing_is_chosen_where_the_output_has_no_sequences():
