@@ -13,6 +13,7 @@ from latentize import artefact, card, conversion, passes, refit, remote_code
 from latentize.apart import apart, write_back
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
+from latentize.calibration import batches_of, example_batch
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.heal import HealPlan, HealReport, heal
 from latentize.inputs import Batch, buffers_kept
@@ -129,14 +130,14 @@ def convert(
     if not survey.selected:
         return unchanged(model, survey, recipe, origin)
     with conversion.workspace(), buffers_kept(model):
-        batches = conversion.batches_of(calibration, model)
+        batches = batches_of(calibration, model)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         started = conversion.begin(prepared, recipe)
         student = conversion.rewrite(model, survey.selected, started.specs, started.refits)
         student = separate(student, batches, recipe)
         prepared = prepared.after_start()
         initialised = conversion.measure_errors(
-            prepared.teacher, student, batches or [conversion.example_batch(model, args, kwargs)]
+            prepared.teacher, student, batches or [example_batch(model, args, kwargs)]
         )
         healing = heal_student(student, prepared.teacher, batches, recipe)
         return finish(model, survey, prepared, student, initialised, healing, recipe, origin, inplace=inplace)

@@ -16,6 +16,7 @@ from latentize import api, conversion, run_export, run_report, staging, terminal
 from latentize.artefact import Origin
 from latentize.bench import Latency
 from latentize.blocks import Block
+from latentize.calibration import batches_of, example_batch
 from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
 from latentize.conversion import Prepared, Rewritten, Start, Survey
@@ -80,7 +81,7 @@ class Job:
     @property
     def example(self) -> list[Batch]:
         """The example inputs as one batch."""
-        return [conversion.example_batch(self.source.model, self.source.args, self.source.kwargs)]
+        return [example_batch(self.source.model, self.source.args, self.source.kwargs)]
 
     @property
     def compared(self) -> Sequence[Batch]:
@@ -117,7 +118,7 @@ def convert(options: Options) -> None:
     batches: Sequence[Batch] = ()
     if source.calibration is not None:
         with steps.step("data"):
-            batches = conversion.batches_of(source.calibration(), source.model)
+            batches = batches_of(source.calibration(), source.model)
     job = Job(options, source, survey, batches, origin, steps, console, list(source.notes))
     with conversion.workspace():
         if options.dry_run:
@@ -150,7 +151,7 @@ def inspect(model: str, *, as_json: bool, quiet: bool, calibrate: bool = False, 
     if calibrate and proved:
         assert source.calibration is not None
         with steps.step("calibrate") as trials, conversion.workspace():
-            batches = conversion.batches_of(source.calibration(), source.model)
+            batches = batches_of(source.calibration(), source.model)
             prepared = conversion.prepare(
                 source.model, proved, Recipe(variant="fixed"), batches[:_DRY_BATCHES], sweep=True, progress=trials
             )

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from latentize import artefact, compare_backends, compare_blocks, report, terminal
 from latentize.bench import TOKENS, Latency, MakeInputs, bench_models, bench_onnx
+from latentize.calibration import batches_of, example_batch
 from latentize.compare import Evaluation, Gate, evaluate_pair, loss_gate, require
 from latentize.compare_backends import Backend
 from latentize.compare_inputs import Sequences, sequences
 from latentize.comparison import BackendAgreement, BlockSearch, Comparison, Which
-from latentize.conversion import batches_of, example_batch
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.captured import captured_graph
 from latentize.inputs import Batch, Inputs, observing, runnable_at
