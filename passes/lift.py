@@ -120,7 +120,7 @@ def _lift_region(region: Region) -> tuple[Binding | None, int, str]:
     best = (0, "its selected experts could not be found among the values it computes")
     either = False  # whether experts that are weighted on their input read like those weighted on their output
     for indices in supports(region):
-        experts, reason = fit_experts(region, indices)
+        experts, reason = _weighted_outputs(region, indices)
         if experts is None:
             best = max(best, (1, reason), key=lambda b: b[0])
             continue
@@ -234,6 +234,20 @@ def _rows_of_experts(experts: Tensor, rows: Tensor, count: int) -> list[int] | N
     if not torch.equal(always, used.sum(0)) or not torch.equal(always, chosen.sum(0)[best]):
         return None
     return [int(row) for row in best]
+
+
+def _weighted_outputs(region: Region, indices: Tensor) -> tuple[ExpertsFit | None, str]:
+    """The reading in which routing weights multiply the experts' outputs, or why there is none.
+
+    The weights are solved for. Where that always works, as many experts adding up to anything at the width that they
+    have, they must be among the values that the region carries.
+    """
+    if indices.shape[1] >= region.width:
+        for weights in carried_weights(region, indices):
+            experts, _ = fit_experts(region, indices, weights, on_output=True)
+            if experts is not None:
+                return experts, ""
+    return fit_experts(region, indices)
 
 
 def _weighted_inputs(region: Region) -> Iterator[tuple[Tensor, ExpertsFit]]:

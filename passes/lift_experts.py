@@ -90,32 +90,39 @@ class _Reading:
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens of the recorded run with the experts they selected; `weights` when those multiply the experts' input."""
+    """Tokens of the recorded run with the experts they selected.
+
+    `weights` are known when they multiply the experts' input, or (`on_output`) where they are not solved for.
+    """
 
     hidden: Tensor  # [T, h]
     output: Tensor  # [T, h]
     indices: Tensor  # [T, k]
     weights: Tensor | None = None
+    on_output: bool = False
 
     def at(self, tokens: Tensor) -> Sample:
         """Some of the tokens, by number."""
         weights = None if self.weights is None else self.weights[tokens]
-        return Sample(self.hidden[tokens], self.output[tokens], self.indices[tokens], weights)
+        return Sample(self.hidden[tokens], self.output[tokens], self.indices[tokens], weights, self.on_output)
 
 
 @torch.no_grad()
-def fit_experts(region: Region, indices: Tensor, weights: Tensor | None = None) -> tuple[ExpertsFit | None, str]:
+def fit_experts(
+    region: Region, indices: Tensor, weights: Tensor | None = None, *, on_output: bool = False
+) -> tuple[ExpertsFit | None, str]:
     """The reading of the region's weights that explains its routed output, or the reason why none does.
 
     Args:
         region: the candidate.
         indices: [T, k] experts that the tokens of the recorded run selected.
-        weights: [T, k] routing weights, when the experts are to be read as weighted on their input.
+        weights: [T, k] routing weights, when the experts are to be read as weighted on their input; or, with
+            `on_output`, on their output by these and no others.
 
     Returns:
         The fit and "", or None and a reason with the best residual.
     """
-    sample = Sample(region.hidden_rows(), region.routed_rows(), indices, weights)
+    sample = Sample(region.hidden_rows(), region.routed_rows(), indices, weights, on_output)
     if not torch.isfinite(sample.output).all():
         return None, "its routed output is not finite"
     best = (float("inf"), "")
@@ -315,7 +322,7 @@ def normed_weights(fit: ExpertsFit, region: Region, indices: Tensor) -> Iterator
 def _preactivations(tensors: dict[str, Tensor], sample: Sample, experts: int) -> tuple[Tensor | None, Tensor]:
     index = sample.indices.clamp(max=experts - 1)
     x = sample.hidden.unsqueeze(1).expand(-1, index.shape[1], -1)
-    if sample.weights is not None:
+    if sample.weights is not None and not sample.on_output:
         x = x * sample.weights.unsqueeze(-1)
 
     def linear(name: str) -> Tensor | None:
@@ -359,7 +366,7 @@ def _residuals(outputs: Tensor, sample: Sample) -> list[float]:
     count, tokens = outputs.shape[:2]
     every = Sample(
         sample.hidden.repeat(count, 1), sample.output.repeat(count, 1), sample.indices,
-        None if sample.weights is None else sample.weights.repeat(count, 1),
+        None if sample.weights is None else sample.weights.repeat(count, 1), sample.on_output,
     )  # fmt: skip
     error = _distances(outputs.nan_to_num(0.0, 0.0, 0.0).flatten(0, 1), every)[0].view(count, tokens).amax(1)
     return [float(e) if ok else float("inf") for e, ok in zip(error, finite, strict=True)]
@@ -380,7 +387,8 @@ def _distances(outputs: Tensor, sample: Sample) -> tuple[Tensor, Tensor, Tensor]
     """For each token [T]: distance of its output from the span of outputs [T, k, h], the weights, whether unique."""
     clear = torch.ones(len(outputs), dtype=torch.bool)
     if sample.weights is not None:
-        difference = outputs.sum(1) - sample.output
+        weighed = outputs * sample.weights.unsqueeze(-1) if sample.on_output else outputs
+        difference = weighed.sum(1) - sample.output
         coefficients = sample.weights
     else:
         basis = outputs.mT.double()

@@ -27,13 +27,14 @@ class Expert(nn.Module):
 
 
 class Moe(nn.Module):
-    def __init__(self):
+    def __init__(self, experts=EXPERTS, top_k=TOP_K):
         super().__init__()
-        self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+        self.router = nn.Linear(WIDTH, experts, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(experts))
+        self.top_k = top_k
 
     def forward(self, x):
-        weights, chosen = self.router(x).softmax(-1).topk(TOP_K, dim=-1)
+        weights, chosen = self.router(x).softmax(-1).topk(self.top_k, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts):
@@ -158,6 +159,15 @@ def test_a_converted_model_is_latent_and_there_is_nothing_to_do(converted):
     again = latentize.convert(result.model, args=(example(),))
     assert [b.status for b in again.blocks] == ["latent", "latent"]
     assert again.model is result.model
+
+
+def test_experts_that_span_their_width_are_read_by_the_weights_that_are_carried():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Moe(WIDTH + 4, WIDTH + 1)).eval()
+    (block,) = latentize.inspect(model, args=(example(),))
+    assert (block.status, block.spec.top_k, block.spec.experts.activation.name) == ("moe", WIDTH + 1, "silu")
+    narrow = latentize.convert(model, args=(example(),), recipe=latentize.Recipe(latent_dim=4, variant="fixed"))
+    assert [b.status for b in latentize.inspect(narrow.model, args=(example(),))] == ["latent"]
 
 
 def test_at_full_width_the_model_computes_the_same():
