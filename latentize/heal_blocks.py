@@ -140,10 +140,9 @@ def _block_gradients(
         wrong, whole = squared_error(block, activations, metric)
         routings = tap.take()[name]
     loss = wrong / whole.clamp_min(1e-30)
-    for routing in routings:
-        push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
-        if push is not None:
-            loss = loss + loss.detach() * push
+    push = pressure(routings, block.router.spec, state.shares[name], job.plan.min_load)
+    if push is not None:
+        loss = loss + loss.detach() * push
     parameters = [job.trainables.parameters[i] for i in job.trainables.of(name)]
     found: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
     if not math.isfinite(loss.item()) or not all(g is None or bool(g.isfinite().all()) for g in found):

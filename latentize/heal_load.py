@@ -72,14 +72,14 @@ def follow(share: Tensor, counts: Tensor) -> Tensor:
     return torch.lerp(share, counts.to(share.dtype) / max(1, int(counts.sum())), _FOLLOW)
 
 
-def pressure(routing: Routing, router: RouterSpec, share: Tensor, min_load: float) -> Tensor | None:
+def pressure(routings: Sequence[Routing], router: RouterSpec, share: Tensor, min_load: float) -> Tensor | None:
     """A loss that lifts starved experts over the selection threshold on the tokens nearest to it; None without any.
 
     A token's threshold is the selection value of its last selected expert. Each starved expert is pushed towards it, as
     a hinge in units of the values' spread, on as many of its nearest tokens as it lacks.
 
     Args:
-        routing: a router's decision on T tokens, with gradients.
+        routings: a router's decisions on T tokens in each of its calls, with gradients; their losses add up.
         router: its rule.
         share: [N] running shares of the load.
         min_load: the least load over the mean load.
@@ -87,8 +87,13 @@ def pressure(routing: Routing, router: RouterSpec, share: Tensor, min_load: floa
     experts = share.shape[0]
     target = _MARGIN * min_load / experts
     starved = (share < target).nonzero().flatten().tolist()
-    if not starved:
+    if not starved or not routings:
         return None
+    return torch.stack([_shortfall(routing, router, starved, target) for routing in routings]).sum()
+
+
+def _shortfall(routing: Routing, router: RouterSpec, starved: Sequence[int], target: float) -> Tensor:
+    """How far the experts `starved` are from a share `target` of the load in one call."""
     values = selection_values(routing.logits, router)
     threshold = values.gather(-1, routing.indices).amin(-1).detach()
     spread = values.detach().std().clamp_min(1e-6)

@@ -134,10 +134,9 @@ def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) 
         weight = job.plan.match_inputs * cosine(state.model_steps, job.plan.model_steps, 0.0)
         loss = loss + weight * mismatch(student_inputs.seen, teacher_inputs.seen)
     for name, block in worker.student_blocks.items():
-        for routing in routings[name]:
-            push = pressure(routing, block.router.spec, state.shares[name], job.plan.min_load)
-            if push is not None:
-                loss = loss + distance.detach() * push
+        push = pressure(routings[name], block.router.spec, state.shares[name], job.plan.min_load)
+        if push is not None:
+            loss = loss + distance.detach() * push
     counts = {name: count(routings[name], len(share)) for name, share in state.shares.items()}
     found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
     gradients: list[Tensor | None] = [g.to_dense() if g is not None and g.is_sparse else g for g in found]

@@ -85,7 +85,7 @@ def router(**changes: object) -> RouterSpec:
 
 def test_no_pressure_where_the_load_is_even():
     routing = route(torch.randn(32, 4), router())
-    assert pressure(routing, router(), torch.full((4,), 0.25), 0.1) is None
+    assert pressure([routing], router(), torch.full((4,), 0.25), 0.1) is None
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,10 @@ def test_pressure_raises_only_the_starved_expert(changes: dict[str, object]):
     logits[:, 3] -= 4
     logits.requires_grad_(True)
     rule = router(**changes)
-    push = pressure(route(logits, rule), rule, torch.tensor([0.4, 0.3, 0.3, 0.0], dtype=torch.float64), 0.1)
+    push = pressure([route(logits, rule)], rule, torch.tensor([0.4, 0.3, 0.3, 0.0], dtype=torch.float64), 0.1)
     assert push is not None
+    twice = pressure([route(logits, rule)] * 2, rule, torch.tensor([0.4, 0.3, 0.3, 0.0], dtype=torch.float64), 0.1)
+    torch.testing.assert_close(twice, 2 * push)
     (gradient,) = torch.autograd.grad(push, logits)
     assert (gradient[:, 3] <= 0).all()
     assert gradient[:, 3].sum() < 0
