@@ -34,7 +34,8 @@ def heal_blocks(job: Job, state: State) -> None:
     squares = [error**2 for error in state.errors_before.values()]
     optimizer = job.optimizer(rate_for(plan.block_rate, sum(squares) / len(squares)), state.optimizer)
     switch = plan.block_steps - round(plan.own_share * plan.block_steps)
-    held_out = _held_out(job, state, own=False)
+    resumed_late = bool(state.block_best) and state.block_steps >= switch  # these are read in the student below
+    held_out = {} if resumed_late else _held_out(job, state, own=False)
     if not state.block_best:
         state.block_best = job.trainables.snapshot(blocks=True)
         state.block_best_errors = _errors(job, held_out, metrics)

@@ -25,8 +25,9 @@ class HealPlan:
     reaches each block is added to the loss with the weight `match_inputs`, which falls to zero over the steps.
     Near the goal, where the original predicts text, the token that really follows has the weight `text` in the target,
     and only the first `spliced` share of the end-to-end steps reads spliced text: then it is read as it was given.
-    `activation_bytes` bounds the teacher activations kept at once. End to end `train` "latent" trains the blocks and
-    "all" everything that the student has, for which the student must share nothing with the original.
+    `activation_bytes` bounds the teacher activations kept at once, and what is kept of its outputs on held-out batches.
+    End to end `train` "latent" trains the blocks and "all" everything that the student has, for which the student must
+    share nothing with the original.
     """
 
     block_steps: int = 100
