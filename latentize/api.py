@@ -15,6 +15,7 @@ from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
 from latentize.calibration import batches_of, example_batch
 from latentize.conversion import Prepared, Rewritten, Survey
+from latentize.errors import LatentizeError
 from latentize.heal import HealPlan, HealReport, heal
 from latentize.inputs import Batch, buffers_kept
 from latentize.moe import LatentMoE
@@ -93,7 +94,7 @@ def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
         Blocks with status "moe" (proved, with the largest relative error over all probes), "latent" or "refused" (with
         the reason). A model without any gives an empty list.
     """
-    return [found.block for found in conversion.find(model, args, dict(kwargs or {}))]
+    return [found.block for found in conversion.find(model, _tuple(args), dict(kwargs or {}))]
 
 
 def convert(
@@ -123,7 +124,9 @@ def convert(
         ResourceError: out of memory.
     """
     recipe = Recipe() if recipe is None else recipe
-    kwargs = dict(kwargs or {})
+    if not isinstance(recipe, Recipe):
+        raise LatentizeError(f"recipe: expected a latentize.Recipe, found a {type(recipe).__name__}; give Recipe(...)")
+    args, kwargs = _tuple(args), dict(kwargs or {})
     origin = Origin.of(model)
     survey = conversion.survey(model, args, kwargs, recipe)
     check_finite(model)
@@ -134,6 +137,7 @@ def convert(
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         started = conversion.begin(prepared, recipe)
         student = conversion.rewrite(model, survey.selected, started.specs, started.refits)
+        conversion.check_rewritten(student, args, kwargs)
         student = separate(student, batches, recipe)
         prepared = prepared.after_start()
         initialised = conversion.measure_errors(
@@ -141,6 +145,17 @@ def convert(
         )
         healing = heal_student(student, prepared.teacher, batches, recipe)
         return finish(model, survey, prepared, student, initialised, healing, recipe, origin, inplace=inplace)
+
+
+def _tuple(args: Any) -> tuple[Any, ...]:
+    """Positional arguments as given, where they are a tuple or list.
+
+    Raises:
+        LatentizeError: they are something else, such as a tensor by itself.
+    """
+    if not isinstance(args, (tuple, list)):
+        raise LatentizeError(f"args: expected a tuple of arguments, found a {type(args).__name__}; give (x,)")
+    return tuple(args)
 
 
 def separate(student: Rewritten, batches: Sequence[Batch], recipe: Recipe) -> Rewritten:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from latentize import passes
 from latentize.compare import block_errors
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, first_line
 from latentize.forecast import Forecast
 from latentize.initialise import initialise, token_weights
 from latentize.inputs import Batch, Inputs, observing
@@ -28,6 +28,7 @@ from latentize.progress import Progress, silent
 from latentize.recipe import Recipe
 from latentize.refit import Refit, apply, changes, refit
 from latentize.reread import Reading, reread
+from latentize.sources import out_of_memory
 from latentize.spec import MoESpec
 from latentize.statistics import BlockStatistics, collect
 from latentize.taps import BlockCall, tapped
@@ -133,6 +134,24 @@ def rewrite(
     student = passes.replace_blocks(model, selected, blocks)
     apply(student, changes(model, refits or {}))
     return Rewritten(student, blocks, refits or {})
+
+
+def check_rewritten(student: Rewritten, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the rewritten model once on the example inputs: code around its blocks may count on their numbers.
+
+    Raises:
+        LatentizeError: it fails.
+    """
+    try:
+        with observing(student.model):
+            Inputs(args, kwargs).call(student.model)
+    except Exception as error:
+        if isinstance(error, LatentizeError) or out_of_memory(error):
+            raise
+        raise LatentizeError(
+            f"rewritten, the model does not run on its example inputs: {first_line(error)}; the code around a block "
+            "seems to count on its number of experts or their width: try variant: fixed, or exclude the block"
+        ) from error
 
 
 def spec_of(found: Found) -> MoESpec:

@@ -76,7 +76,7 @@ def heal(
             in a student that shares parameters with the teacher.
         ResourceError: out of memory or disk.
     """
-    _check(student_blocks, teacher_blocks, calibration)
+    _check(student, teacher, student_blocks, teacher_blocks, calibration)
     train, held_out, notes = split_batches(calibration, steps)
     everything = steps.train == "all"
     with training_room(seed, student, teacher, advice=_NARROWER if everything else ""):
@@ -205,10 +205,16 @@ def _usable(
 
 
 def _check(
-    student_blocks: Mapping[str, LatentMoE], teacher_blocks: Mapping[str, LatentMoE], calibration: Sequence[Batch]
-) -> None:
+    student: nn.Module, teacher: nn.Module, student_blocks: Mapping[str, LatentMoE],
+    teacher_blocks: Mapping[str, LatentMoE], calibration: Sequence[Batch],
+) -> None:  # fmt: skip
     if not len(calibration):
         raise LatentizeError("healing: no calibration batch was given; give at least one, or set heal_steps to 0")
+    if any(tensor.is_inference() for model in (student, teacher) for tensor in model.parameters()):
+        raise LatentizeError(
+            "healing: the model's weights were made under torch.inference_mode, which keeps gradients from passing "
+            "through them; build the model outside of it, or set heal_steps to 0"
+        )
     if set(student_blocks) != set(teacher_blocks):
         odd = sorted(set(student_blocks) ^ set(teacher_blocks))
         raise LatentizeError(f"healing: blocks {', '.join(odd)} are in only one of the two models; pass the same names")

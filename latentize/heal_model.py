@@ -18,6 +18,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from latentize.errors import LatentizeError
 from latentize.heal_crew import Worker
 from latentize.heal_job import (
     FALL_BACK_RATE,
@@ -138,6 +139,11 @@ def _distance(job: Job, state: State, worker: Worker, batch: Batch, text: Text) 
         if push is not None:
             loss = loss + distance.detach() * push
     counts = {name: count(routings[name], len(share)) for name, share in state.shares.items()}
+    if not loss.requires_grad:
+        raise LatentizeError(
+            "healing: no gradient reaches the blocks from the model's output, as where its forward runs without them "
+            "(torch.no_grad, torch.inference_mode) or gives whole numbers; mend that, or set heal_steps to 0"
+        )
     found = torch.autograd.grad(loss, job.trainables.parameters, allow_unused=True)
     gradients: list[Tensor | None] = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
     return Part(wrong.item(), whole.item(), gradients, counts)

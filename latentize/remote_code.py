@@ -20,6 +20,7 @@ from torch import nn
 FILE = "modeling_latent.py"
 #: The modules that the file is made of; each needs only those before it.
 _MODULES = (
+    "latentize.errors",
     "latentize.activations",
     "latentize.spec",
     "latentize.routing",

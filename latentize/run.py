@@ -286,6 +286,7 @@ def _heal(
 ) -> tuple[api.Result, Evaluation | None]:
     recipe, model = job.options.recipe, job.source.model
     student = conversion.rewrite(model, job.survey.selected, started.specs, started.refits)
+    conversion.check_rewritten(student, job.source.args, job.source.kwargs)
     student = api.separate(student, job.batches, recipe)
     start = _evaluate(job, student.model)
     errors = kept.stage(

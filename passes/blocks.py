@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from latentize.moe import LatentExperts, LatentMoE, Router
-from latentize.passes.sites import ExpertsCall, Output, RouterCall, Structure, WholeSite, build
+from latentize.passes.sites import ExpertsCall, Output, RouterCall, Structure, WholeSite, build, check_fixed
 from latentize.routing import Routing, route, score
 
 
@@ -23,6 +24,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The routed output, [*hidden.shape] or [T, d] as the original returned it."""
+        check_fixed(self._call.fixed, args, kwargs, "an MoE's experts module")
         hidden: Tensor = self._call.hidden.pick(args, kwargs)
         indices: Tensor = self._call.indices.pick(args, kwargs)
         weights: Tensor = self._call.weights.pick(args, kwargs)
@@ -46,6 +48,7 @@ def parts_of(routing: Routing, router: Router, structure: Structure) -> dict[str
 
 def _forward_router(self: Any, *args: Any, **kwargs: Any) -> Any:
     call: RouterCall = self._latentize_call
+    check_fixed(call.fixed, args, kwargs, "an MoE's router")
     hidden: Tensor = call.hidden.pick(args, kwargs)
     seen = hidden if self.prefix is None else _first(self.prefix(hidden))
     routing: Routing = self.router(seen.reshape(-1, seen.shape[-1]))
@@ -57,16 +60,33 @@ def _first(value: Any) -> Tensor:
     return result
 
 
+@functools.cache
+def _hooked_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A class that looks like `base` and computes with `hooked_router`'s router; its objects are stored by `base`."""
+    return type(
+        base.__name__, (base,),
+        {
+            "forward": _forward_router, "__module__": base.__module__, "__doc__": base.__doc__,
+            "extra_repr": lambda _self: "", "__reduce_ex__": lambda self, _protocol: (_again, (base, self.__dict__)),
+        },
+    )  # fmt: skip
+
+
+def _again(base: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    """A hooked router from what it was stored as."""
+    cls = _hooked_class(base)  # type: ignore[arg-type]
+    hooked: nn.Module = cls.__new__(cls)
+    hooked.__dict__.update(state)
+    return hooked
+
+
 def hooked_router(original: nn.Module, router: Router, call: RouterCall, prefix: nn.Module | None) -> nn.Module:
     """A router that hooks on the original's class, and hooks on the original itself, still find.
 
     It is an instance of a subclass of the original's class, returns what the original returned, and computes it with
     `router`. `prefix` computes what the router's weight multiplies, where that is not the input itself.
     """
-    base = type(original)
-    subclass = type(
-        base.__name__, (base,), {"forward": _forward_router, "__module__": base.__module__, "__doc__": base.__doc__}
-    )
+    subclass = _hooked_class(type(original))  # type: ignore[arg-type]
     hooked = copy.copy(original)
     hooked.__dict__ = dict(original.__dict__)
     for name in ("_parameters", "_buffers", "_modules"):
@@ -110,6 +130,7 @@ class LatentBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The block's output in the original's structure."""
+        check_fixed(self._site.fixed, args, kwargs, "an MoE block")
         hidden: Tensor = self._site.hidden.pick(args, kwargs)
         flat = hidden.reshape(-1, hidden.shape[-1])
         routing = routing_of(self.router(flat), self.router)

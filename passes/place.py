@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from latentize.passes import graph
 from latentize.passes.capture import Frame, Recording, Value
+from latentize.passes.fixed import fixed_arguments
 from latentize.passes.lift import Binding
 from latentize.passes.sites import Argument, ExpertsCall, Output, PartsSite, RouterCall, Structure, WholeSite
 from latentize.routing import Routing, route, score
@@ -87,7 +88,7 @@ def whole_site(path: str, binding: Binding, state: dict[str, Tensor]) -> WholeSi
         return None
     routers = (router_call(n, f, known, binding) for n, f in _frames(recording))
     router = next((r for r in routers if r is not None and not r.prefix), None)
-    return WholeSite(path, hidden, structure, router)
+    return WholeSite(path, hidden, structure, router, fixed_arguments(root))
 
 
 def _frames(recording: Recording) -> Iterator[tuple[int, Frame]]:
@@ -121,7 +122,7 @@ def _experts_call(number: int, frame: Frame, known: _Known, binding: Binding) ->
     like = output.shape == given.shape
     if not like and tuple(output.shape) != (known.tokens, binding.region.width):
         return None
-    return ExpertsCall(frame.path, hidden, indices, weights, like)
+    return ExpertsCall(frame.path, hidden, indices, weights, like, fixed_arguments(frame))
 
 
 def router_call(number: int, frame: Frame, known: _Known, binding: Binding) -> RouterCall | None:
@@ -139,7 +140,7 @@ def router_call(number: int, frame: Frame, known: _Known, binding: Binding) -> R
     structure = _structure(frame.output, known, tensors[0])
     if structure is None or not {"weights", "indices", "logits"} & _items(structure):
         return None
-    return RouterCall(frame.path, hidden, structure, prefix)
+    return RouterCall(frame.path, hidden, structure, prefix, fixed_arguments(frame))
 
 
 def _items(structure: Structure) -> set[str]:

@@ -20,6 +20,8 @@ from latentize.passes.scan import ModuleCall
 ENOUGH = 128
 #: Size of numbers that stand for "never" in a mask.
 HUGE = 1e4
+#: Share of a mask that is set when it is drawn anew.
+KEPT = 0.7
 #: Tokens that are sent to one expert, past any capacity worth the name.
 MANY = 400
 
@@ -217,7 +219,7 @@ class Prober:
             yield Inputs(f"batch of {few} × {many}", args, kwargs, optional=True)
 
     def _shaken(self, seed: int) -> Iterator[Inputs]:
-        """The call with its own floating arguments shaken, quiet, loud and turned round, and with its ids exchanged."""
+        """The call with its floating arguments shaken, quiet, loud and turned round, its ids exchanged, other masks."""
         generator = torch.Generator().manual_seed(seed)
         for name, noise, factor in (
             ("shaken", 0.5, 1.0), ("shaken anew", 1.0, 1.0), ("quiet", 0.2, 0.1), ("loud", 0.2, 4.0),
@@ -284,14 +286,25 @@ def _gathered(item: Any, places: dict[int, Tensor], width: int) -> Any:
 
 
 def _shake(item: Any, noise: float, factor: float, generator: torch.Generator) -> Any:
-    """A floating tensor scaled, with noise relative to its size; the huge numbers of a mask stay. Ids trade places."""
-    if not isinstance(item, Tensor) or item.numel() < 2:
+    """A floating tensor scaled, with noise relative to its size; the huge numbers of a mask stay.
+
+    Ids trade places; masks, of truth values, zeros and ones or one number throughout, are drawn anew.
+    """
+    if not isinstance(item, Tensor) or not item.numel():
         return item
-    if _is_ids(item):
+    if item.dtype == torch.bool or _is_ids(item):
+        low, high = int(item.min()), int(item.max())
+        if item.dtype == torch.bool or (low >= 0 and high <= 1):
+            kept = torch.rand(item.shape, generator=generator, device="cpu") < KEPT
+            return kept.to(item.device, item.dtype)
+        if low == high:
+            return torch.randint(min(0, low), max(1, high + 1), item.shape, generator=generator).to(item)
         order = torch.randperm(item.numel(), generator=generator, device="cpu")
         return item.reshape(-1)[order.to(item.device)].view(item.shape)
     if not item.is_floating_point():
         return item
+    if item.numel() > 1 and bool(((item == 0) | (item == 1)).all()):
+        return (torch.rand(item.shape, generator=generator, device="cpu") < KEPT).to(item)
     plain = item.detach().double().abs() < HUGE
     size = float(item.detach().double()[plain].square().mean().sqrt()) if bool(plain.any()) else 0.0
     drawn = _normal(item.shape, generator).to(item.device)

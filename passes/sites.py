@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from latentize.errors import LatentizeError
+
 #: What a router's output can be made of.
 Item = Literal["logits", "scores", "weights", "indices", "dense"]
 
@@ -52,6 +54,40 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """An argument that is no tensor, with the value at which a call was proved."""
+
+    argument: Argument
+    value: bool | float | str | None
+    default: bool | float | str | None = None  # what stands where it is not given
+
+    @property
+    def name(self) -> str:
+        """What the caller knows it by."""
+        return self.argument.keyword or f"argument {self.argument.position}"
+
+
+def check_fixed(fixed: tuple[Fixed, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str) -> None:
+    """Refuse a call with other values than those at which it was proved.
+
+    Raises:
+        LatentizeError: names the argument and both values.
+    """
+    for each in fixed:
+        place, keyword = each.argument.position, each.argument.keyword
+        if place is not None and place < len(args):
+            value = args[place]
+        else:
+            value = each.default if keyword is None else kwargs.get(keyword, each.default)
+        if isinstance(value, Tensor) or type(value) is not type(each.value) or value != each.value:
+            found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise LatentizeError(
+                f"{what} was converted for {each.name} = {each.value!r} and is called with {found}, of which nothing "
+                "was proved; convert it again with example inputs that are called so"
+            )
+
+
+@dataclass(frozen=True)
 class ExpertsCall:
     """A submodule that computes the routed output from hidden states, selected experts and their weights."""
 
@@ -60,6 +96,7 @@ class ExpertsCall:
     indices: Argument
     weights: Argument
     like_hidden: bool
+    fixed: tuple[Fixed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +107,7 @@ class RouterCall:
     hidden: Argument
     output: Structure
     prefix: tuple[str, ...] = ()  # node that holds what the router's weight multiplies, in the graph of the module
+    fixed: tuple[Fixed, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +128,7 @@ class WholeSite:
     hidden: Argument
     output: Structure
     router: RouterCall | None = None  # its router, when that is a submodule which hooks may look for
+    fixed: tuple[Fixed, ...] = ()
     kind: Literal["whole"] = "whole"
 
 
@@ -126,15 +165,22 @@ def from_json(values: Mapping[str, Any]) -> Site:
         experts = dict(values["experts"])
         for name in ("hidden", "indices", "weights"):
             experts[name] = Argument(**experts[name])
+        experts["fixed"] = _fixed(experts)
         return PartsSite(values["path"], _router(values["router"]), ExpertsCall(**experts))
     router = None if values["router"] is None else _router(values["router"])
-    return WholeSite(values["path"], Argument(**values["hidden"]), _structure(values["output"]), router)
+    hidden, output = Argument(**values["hidden"]), _structure(values["output"])
+    return WholeSite(values["path"], hidden, output, router, _fixed(values))
 
 
 def _router(values: Mapping[str, Any]) -> RouterCall:
     return RouterCall(
-        values["path"], Argument(**values["hidden"]), _structure(values["output"]), tuple(values["prefix"])
-    )
+        values["path"], Argument(**values["hidden"]), _structure(values["output"]), tuple(values["prefix"]),
+        _fixed(values),
+    )  # fmt: skip
+
+
+def _fixed(values: Mapping[str, Any]) -> tuple[Fixed, ...]:
+    return tuple(Fixed(**{**each, "argument": Argument(**each["argument"])}) for each in values.get("fixed", ()))
 
 
 def _structure(values: Mapping[str, Any]) -> Structure:

@@ -170,6 +170,56 @@ def test_experts_that_span_their_width_are_read_by_the_weights_that_are_carried(
     assert [b.status for b in latentize.inspect(narrow.model, args=(example(),))] == ["latent"]
 
 
+class Counting(nn.Module):
+    """Counts what is routed to each expert, by their number in the original."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = Whole()
+
+    def forward(self, x):
+        out, chosen = self.moe(x)
+        return out, F.one_hot(chosen, EXPERTS).sum((0, 1))
+
+
+class Whole(Moe):
+    def forward(self, x):
+        return super().forward(x), self.router(x).topk(TOP_K, dim=-1).indices
+
+
+def test_code_that_counts_the_experts_is_said_to():
+    model = Counting().eval()
+    assert [b.status for b in latentize.inspect(model, args=(example(),))] == ["moe"]
+    recipe = latentize.Recipe(latent_dim=8, variant="acc", heal_steps=0)
+    with pytest.raises(LatentizeError, match=r"does not run on its example inputs.*try variant: fixed"):
+        latentize.convert(model, args=(example(),), recipe=recipe)
+    fixed = latentize.convert(model, args=(example(),), recipe=latentize.Recipe(latent_dim=8, variant="fixed"))
+    assert fixed.model(example())[1].shape == (EXPERTS,)
+
+
+def test_what_is_no_recipe_or_no_tuple_is_named():
+    with pytest.raises(LatentizeError, match=r"expected a latentize\.Recipe, found a dict"):
+        latentize.convert(net(), args=(example(),), recipe={"compression": 2})
+    for call in (latentize.convert, latentize.inspect):
+        with pytest.raises(LatentizeError, match="args: expected a tuple of arguments, found a Tensor"):
+            call(net(), args=example())
+
+
+class Ungraded(Net):
+    @torch.inference_mode()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_a_model_without_gradients_is_not_healed():
+    with torch.inference_mode():
+        made = net(1)
+    cases = ((Ungraded(1).eval(), "no gradient reaches the blocks"), (made, "under torch.inference_mode"))
+    for model, message in cases:
+        with pytest.raises(LatentizeError, match=message):
+            latentize.convert(model, args=(example(),), calibration=data(), recipe=latentize.Recipe(heal_steps=2))
+
+
 def test_at_full_width_the_model_computes_the_same():
     model = net()
     recipe = latentize.Recipe(latent_dim=WIDTH, experts_factor=2, topk_factor=2, heal_steps=0)
