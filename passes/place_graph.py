@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from latentize.passes import trace
 from latentize.passes.all_hit import assumptions
 from latentize.passes.double import evaluating, in_fp64
+from latentize.passes.fixed import fixed_arguments
 from latentize.passes.lift import Binding
 from latentize.passes.probes import Inputs
 from latentize.passes.rewrite import encode_example, sharing_copy
@@ -89,6 +90,7 @@ def graph_site(
         first,
         encode_example(native.args, native.kwargs),
         experts,
+        () if template is None else fixed_arguments(region.head.recording.frames[0]),
     )
 
 

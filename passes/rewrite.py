@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from latentize.moe import LatentMoE
 from latentize.passes import trace
 from latentize.passes.boundaries import join, put, put_parts, put_whole
 from latentize.passes.copying import deep_copy
-from latentize.passes.sites import GraphSite, PartsSite, Site, WholeSite
+from latentize.passes.sites import Fixed, GraphSite, PartsSite, Site, WholeSite, check_fixed
 
 
 def replace_at(
@@ -60,9 +61,33 @@ def replace_at(
             splice(captured, site, moe, number)
             captured.training = module.training
             result, graphs[site.path] = put(result, site.path, captured), captured
+            if site.fixed:
+                _hold(captured, site.fixed)
     if isinstance(result, fx.GraphModule):
         trace.clean(result)
     return result
+
+
+@dataclass(frozen=True)
+class _Fixed:
+    """A hook of a captured module: its graph holds for the numbers, words and Nones that it was captured with."""
+
+    fixed: tuple[Fixed, ...]
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check_fixed(self.fixed, args, kwargs, "a module with an MoE block")
+
+
+def _hold(graph: fx.GraphModule, fixed: tuple[Fixed, ...]) -> None:
+    """Hold a captured module, and copies of it, which lose the hooks of a graph, to the values of its arguments."""
+
+    def copied(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+        made: fx.GraphModule = fx.GraphModule.__deepcopy__(self, memo)
+        _hold(made, fixed)
+        return made
+
+    graph.register_forward_pre_hook(_Fixed(fixed), with_kwargs=True, prepend=True)
+    type(graph).__deepcopy__ = copied  # type: ignore[method-assign]  # every graph has a class of its own
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:

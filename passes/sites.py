@@ -80,7 +80,9 @@ def check_fixed(fixed: tuple[Fixed, ...], args: tuple[Any, ...], kwargs: Mapping
         else:
             value = each.default if keyword is None else kwargs.get(keyword, each.default)
         if isinstance(value, Tensor) or type(value) is not type(each.value) or value != each.value:
-            found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            plain = value is None or isinstance(value, (bool, int, float, str))
+            found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            found = repr(value) if plain else found
             raise LatentizeError(
                 f"{what} was converted for {each.name} = {each.value!r} and is called with {found}, of which nothing "
                 "was proved; convert it again with example inputs that are called so"
@@ -145,6 +147,7 @@ class GraphSite:
     channels_first: bool = False
     example: Any = None  # shapes, dtypes and constants of the arguments that the module was captured with
     experts: int = 0  # number of experts that were all taken to be hit while the module was captured; 0: none were
+    fixed: tuple[Fixed, ...] = ()
     kind: Literal["graph"] = "graph"
 
 
@@ -160,7 +163,7 @@ def from_json(values: Mapping[str, Any]) -> Site:
     """The site back from `to_json`'s values."""
     kind = values["kind"]
     if kind == "graph":
-        return GraphSite(**{**values, "rest": tuple(values["rest"])})
+        return GraphSite(**{**values, "rest": tuple(values["rest"]), "fixed": _fixed(values)})
     if kind == "parts":
         experts = dict(values["experts"])
         for name in ("hidden", "indices", "weights"):

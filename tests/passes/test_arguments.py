@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,6 +41,7 @@ class Moe(nn.Module):
         self.gate, self.up = (nn.Parameter(torch.randn(N, M, D) * D**-0.5) for _ in range(2))
         self.down = nn.Parameter(torch.randn(N, D, M) * M**-0.5)
         self.table = nn.Parameter(torch.randn(9, N) * 2)
+        self.beside = nn.Parameter(torch.randn(D, D) * 0.1)
 
     def routed(self, x: Tensor, logits: Tensor, factor: Tensor | None = None) -> Tensor:
         weights, chosen = logits.softmax(-1).topk(K, -1)
@@ -94,6 +96,18 @@ class ByToken(Moe):
         return self.routed(x, logits + self.table[given.reshape(-1)])
 
 
+class Beside(Moe):
+    """Has a path of its own, so that its module becomes a graph."""
+
+    def of(self, x: Tensor, logits: Tensor, given: Any) -> Tensor:
+        out = self.routed(x, logits)
+        if isinstance(given, float):
+            out = out * given
+        elif given is not None:
+            out = out * given.reshape(-1, 1).to(out.dtype)
+        return out + x @ self.beside
+
+
 class Unused(Moe):
     def forward(self, x: Tensor, given: Any = None, flag: bool = False) -> Tensor:
         flat = x.reshape(-1, D)
@@ -119,6 +133,10 @@ CASES = [
       for case in (OnOutput, OnWeights, OnlySome) for dtype in (torch.bool, torch.int64, torch.float32)),
     (OnOutput, lambda: None, lambda: mask(3, 7)),
     (OnWeights, lambda: None, lambda: mask(3, 7)),
+    (Beside, lambda: None, lambda: mask(3, 7)),
+    (Beside, lambda: None, lambda: 2.0),
+    (Beside, lambda: 1.0, lambda: 2.0),
+    (Beside, ones(torch.bool), lambda: mask(3, 7)),
     (Temperature, lambda: torch.tensor(1.0), lambda: torch.tensor(3.0)),
     (Temperature, lambda: 1.0, lambda: 3.0),
     (ByTask, lambda: 0, lambda: 2),
@@ -154,6 +172,19 @@ def test_what_a_block_does_not_look_at_may_be_anything() -> None:
         for given in (None, 3, mask(3, 7)):
             x = hidden(3, 7, seed=1)
             torch.testing.assert_close(converted(x, given), model(x, given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_is_held_to_the_values_that_it_was_captured_with(tmp_path: Path) -> None:
+    model = Net(Beside).eval()
+    result = latentize.convert(model, args=(hidden(2, 6), 1.0), recipe=EXACT)
+    assert result.blocks[0].status == "moe"
+    result.save(tmp_path / "out")
+    for again in (result.model, latentize.load(tmp_path / "out", model=model), copy.deepcopy(result.model)):
+        again(hidden(1, 3), 1.0)
+        with pytest.raises(LatentizeError, match=r"converted for given = 1\.0 and is called with 2\.0"):
+            again(hidden(1, 3), 2.0)
+        with pytest.raises(LatentizeError, match=r"is called with a tensor \[1, 3\]"):
+            again(hidden(1, 3), mask(1, 3))
 
 
 def test_the_values_of_a_call_are_stored_with_its_site() -> None:
