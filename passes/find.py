@@ -65,6 +65,8 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
     kwargs = kwargs or {}
     if is_meta(model):
         return [Found(block) for block in find_structure(model, args, kwargs)]
+    if isinstance(model, torch.jit.ScriptModule):
+        return [Found(_refused(".", "it is TorchScript, whose code is not read: give the module it was made from"))]
     try:
         seen = scan(model, args, kwargs)
     except Exception as error:

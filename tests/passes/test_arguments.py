@@ -197,6 +197,13 @@ def test_the_values_of_a_call_are_stored_with_its_site() -> None:
     assert kept.fixed == (fixed,)
 
 
+def test_torchscript_is_refused_by_name() -> None:
+    traced = torch.jit.trace(Net(Unused).eval(), (hidden(2, 6),), check_trace=False)
+    (block,) = latentize.inspect(traced, args=(hidden(2, 6),))
+    assert (block.status, block.name) == ("refused", ".")
+    assert "TorchScript" in block.reason
+
+
 def test_a_converted_model_prints_and_pickles() -> None:
     model = Net(Unused).eval()
     converted = latentize.convert(model, args=(hidden(2, 6),), recipe=EXACT).model
