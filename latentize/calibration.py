@@ -78,10 +78,11 @@ class _Tried:
 
 
 def _produced(calibration: Iterable[Batch]) -> Iterator[Batch]:
+    """Copies of the batches: whatever makes them may fill the same tensors again."""
     number = 0
     try:
         for batch in calibration:
-            yield batch
+            yield pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, batch)
             number += 1
     except LatentizeError:
         raise

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import latentize
+from latentize.calibration import batches_of
 from latentize.errors import LatentizeError
 from latentize.moe import LatentExperts
 from latentize.statistics import BlockStatistics
@@ -195,6 +196,18 @@ def test_code_that_counts_the_experts_is_said_to():
         latentize.convert(model, args=(example(),), recipe=recipe)
     fixed = latentize.convert(model, args=(example(),), recipe=latentize.Recipe(latent_dim=8, variant="fixed"))
     assert fixed.model(example())[1].shape == (EXPERTS,)
+
+
+def test_batches_that_are_made_in_one_tensor_are_told_apart():
+    wanted = data()
+
+    def refilled():
+        buffer = torch.empty(64, WIDTH)
+        for (batch,) in wanted:
+            yield (buffer.copy_(batch),)
+
+    found = batches_of(refilled(), net())
+    assert all(torch.equal(a, b) for (a,), (b,) in zip(found, wanted, strict=True))
 
 
 def test_what_is_no_recipe_or_no_tuple_is_named():
