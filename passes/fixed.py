@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from latentize.passes.capture import Frame
-from latentize.passes.sites import Argument, Fixed
+from latentize.passes.sites import Fixed
 
 _PLAIN = (bool, int, float, str)
 
@@ -31,7 +31,7 @@ def fixed_arguments(frame: Frame) -> tuple[Fixed, ...]:
         if not all(item is None or isinstance(item, _PLAIN) for item in (value, default)):
             continue
         place = None if parameter.kind is parameter.KEYWORD_ONLY else position
-        found.append(Fixed(Argument(place, parameter.name), value, default))
+        found.append(Fixed(parameter.name, place, value, default))
     return tuple(found)
 
 

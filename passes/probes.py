@@ -274,6 +274,14 @@ def _is_ids(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.int64, torch.int32)
 
 
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor holds truth values, or zeros and ones alone; one floating number by itself is no mask."""
+    if tensor.dtype == torch.bool:
+        return True
+    numbers = _is_ids(tensor) or (tensor.is_floating_point() and tensor.numel() > 1)
+    return numbers and bool(((tensor == 0) | (tensor == 1)).all())
+
+
 def _gathered(item: Any, places: dict[int, Tensor], width: int) -> Any:
     """A tensor with the places given for an axis of some length taken from every such axis but that of the width."""
     if not isinstance(item, Tensor):
@@ -292,19 +300,16 @@ def _shake(item: Any, noise: float, factor: float, generator: torch.Generator) -
     """
     if not isinstance(item, Tensor) or not item.numel():
         return item
-    if item.dtype == torch.bool or _is_ids(item):
-        low, high = int(item.min()), int(item.max())
-        if item.dtype == torch.bool or (low >= 0 and high <= 1):
-            kept = torch.rand(item.shape, generator=generator, device="cpu") < KEPT
-            return kept.to(item.device, item.dtype)
-        if low == high:
-            return torch.randint(min(0, low), max(1, high + 1), item.shape, generator=generator).to(item)
+    if _is_mask(item):
+        return (torch.rand(item.shape, generator=generator, device="cpu") < KEPT).to(item)
+    if _is_ids(item):
+        first = int(item.flatten()[0])
+        if bool((item == first).all()):
+            return torch.randint(min(0, first), max(1, first + 1), item.shape, generator=generator).to(item)
         order = torch.randperm(item.numel(), generator=generator, device="cpu")
         return item.reshape(-1)[order.to(item.device)].view(item.shape)
     if not item.is_floating_point():
         return item
-    if item.numel() > 1 and bool(((item == 0) | (item == 1)).all()):
-        return (torch.rand(item.shape, generator=generator, device="cpu") < KEPT).to(item)
     plain = item.detach().double().abs() < HUGE
     size = float(item.detach().double()[plain].square().mean().sqrt()) if bool(plain.any()) else 0.0
     drawn = _normal(item.shape, generator).to(item.device)

@@ -57,14 +57,10 @@ class Structure:
 class Fixed:
     """An argument that is no tensor, with the value at which a call was proved."""
 
-    argument: Argument
+    name: str
+    position: int | None  # None: by keyword only
     value: bool | float | str | None
-    default: bool | float | str | None = None  # what stands where it is not given
-
-    @property
-    def name(self) -> str:
-        """What the caller knows it by."""
-        return self.argument.keyword or f"argument {self.argument.position}"
+    default: bool | float | str | None  # what stands where it is not given
 
 
 def check_fixed(fixed: tuple[Fixed, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], what: str) -> None:
@@ -74,15 +70,13 @@ def check_fixed(fixed: tuple[Fixed, ...], args: tuple[Any, ...], kwargs: Mapping
         LatentizeError: names the argument and both values.
     """
     for each in fixed:
-        place, keyword = each.argument.position, each.argument.keyword
-        if place is not None and place < len(args):
-            value = args[place]
-        else:
-            value = each.default if keyword is None else kwargs.get(keyword, each.default)
-        if isinstance(value, Tensor) or type(value) is not type(each.value) or value != each.value:
+        place = len(args) if each.position is None else each.position
+        value = args[place] if place < len(args) else kwargs.get(each.name, each.default)
+        if type(value) is not type(each.value) or value != each.value:
             plain = value is None or isinstance(value, (bool, int, float, str))
-            found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            found = repr(value) if plain else found
+            found = repr(value) if plain else f"a {type(value).__name__}"
+            if isinstance(value, Tensor):
+                found = f"a tensor {list(value.shape)}"
             raise LatentizeError(
                 f"{what} was converted for {each.name} = {each.value!r} and is called with {found}, of which nothing "
                 "was proved; convert it again with example inputs that are called so"
@@ -183,7 +177,7 @@ def _router(values: Mapping[str, Any]) -> RouterCall:
 
 
 def _fixed(values: Mapping[str, Any]) -> tuple[Fixed, ...]:
-    return tuple(Fixed(**{**each, "argument": Argument(**each["argument"])}) for each in values.get("fixed", ()))
+    return tuple(Fixed(**each) for each in values.get("fixed", ()))
 
 
 def _structure(values: Mapping[str, Any]) -> Structure:
