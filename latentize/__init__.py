@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from latentize.api import Result as Result
     from latentize.api import convert as convert
     from latentize.api import inspect as inspect
-    from latentize.artefact import load as load
+    from latentize.api import load as load
     from latentize.blocks import Block as Block
     from latentize.errors import LatentizeError as LatentizeError
     from latentize.recipe import Recipe as Recipe
@@ -28,7 +28,7 @@ _HOME = {
     "Result": "latentize.api",
     "convert": "latentize.api",
     "inspect": "latentize.api",
-    "load": "latentize.artefact",
+    "load": "latentize.api",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from latentize import artefact, card, conversion, passes, refit, remote_code
+from latentize import artefact, card, conversion, passes, pretrained, refit
 from latentize.apart import apart, write_back
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
@@ -22,7 +22,6 @@ from latentize.moe import LatentMoE
 from latentize.plan import BlockPlan
 from latentize.recipe import Recipe
 from latentize.refit import Refit
-from latentize.remote_code import NO_SUPPORT
 from latentize.report import Errors
 from latentize.sources import check_finite
 from latentize.staging import staged
@@ -72,13 +71,10 @@ class Result:
             LatentizeError: a tensor is missing, unexpected or not finite.
         """
         origin = self._origin if self._origin is not None else Origin.of(self.model)
-        sites = {found.block.name: passes.site_to_json(found) for found in self._found}
+        sites = _sites(self._found)
         blocks = {name: SavedBlock(sites[name], module.spec) for name, module in self.rewritten.items()}
-        support = NO_SUPPORT
-        if origin.config is not None:
-            support = remote_code.support(self.model, origin.class_name, artefact.described(blocks))
+        support = artefact.write(folder, self.model, origin, blocks, self.recipe.model_dump(mode="json"))
         (folder / "README.md").write_text(card.model_card(self, origin, support), encoding="utf-8")
-        artefact.write(folder, self.model, origin, blocks, self.recipe.model_dump(mode="json"), support)
 
 
 def inspect(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> list[Block]:
@@ -158,6 +154,25 @@ def _tuple(args: Any) -> tuple[Any, ...]:
     return tuple(args)
 
 
+def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The converted model in a folder that latentize wrote, in evaluation mode.
+
+    Where it is a transformers model, its `save_pretrained` writes such a folder again.
+
+    Args:
+        out: the folder.
+        model: a freshly built original, for models that cannot be rebuilt from the folder; it is used up.
+
+    Raises:
+        LatentizeError: the folder is not ours or is damaged, or the original's structure is needed and not given.
+    """
+    manifest = artefact.read_manifest(Path(out))
+    converted, blocks = artefact.load_blocks(Path(out), model)
+    sites = {name: block.site for name, block in manifest.blocks.items()}
+    pretrained.attach(converted, manifest.origin, sites, blocks, manifest.recipe)
+    return converted
+
+
 def separate(student: Rewritten, batches: Sequence[Batch], recipe: Recipe) -> Rewritten:
     """The student, apart from its original where healing will train everything.
 
@@ -215,6 +230,7 @@ def finish(
         write_back(student.copies)
     for block in student.blocks.values():
         block.train(model.training)
+    pretrained.attach(final, origin, _sites(survey.selected), student.blocks, recipe.model_dump(mode="json"))
     errors = {}
     for name, error in initialised.items():
         if healing is None:
@@ -245,6 +261,10 @@ def unchanged(model: nn.Module, survey: Survey, recipe: Recipe, origin: Origin) 
     """The result of a conversion that found nothing to rewrite."""
     blocks = [found.block for found in survey.found]
     return Result(model, blocks, recipe, left=survey.left, warnings=["nothing was rewritten"], _origin=origin)
+
+
+def _sites(found: Sequence[Found]) -> dict[str, Mapping[str, Any]]:
+    return {each.block.name: passes.site_to_json(each) for each in found}
 
 
 def _training(model: nn.Module) -> list[str]:

@@ -79,17 +79,22 @@ class Manifest:
 
 
 def write(
-    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, SavedBlock], recipe: Mapping[str, Any],
-    support: Support = NO_SUPPORT,
-) -> None:  # fmt: skip
+    folder: Path, model: nn.Module, origin: Origin, blocks: Mapping[str, SavedBlock], recipe: Mapping[str, Any]
+) -> Support:  # fmt: skip
     """Write a converted model into `folder`, which exists; with a modelling file where transformers alone opens it.
+
+    Returns:
+        Whether transformers alone opens it.
 
     Raises:
         LatentizeError: a tensor is missing, unexpected or not finite.
     """
     _check_blocks(model, blocks)
     aliases = tensors.save_state(model, folder)
-    outlines = described(blocks)
+    outlines = _described(blocks)
+    support = NO_SUPPORT
+    if origin.config is not None:
+        support = remote_code.support(model, origin.class_name, outlines)
     _write_structure(folder, model, origin, outlines, support)
     manifest = {
         "format": "latentize",
@@ -108,15 +113,16 @@ def write(
         "aliases": aliases,
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1, default=str) + "\n")
+    return support
 
 
-def described(blocks: Mapping[str, SavedBlock]) -> dict[str, dict[str, Any]]:
+def _described(blocks: Mapping[str, SavedBlock]) -> dict[str, dict[str, Any]]:
     """Blocks as JSON values: "site", and "spec" with its tensors' shapes and dtypes."""
     return {name: {"site": block.site, "spec": store.encode(block.spec, _outline)} for name, block in blocks.items()}
 
 
-def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The converted model in a folder that latentize wrote, in evaluation mode.
+def load_blocks(out: Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, LatentMoE]]:
+    """The converted model in a folder that latentize wrote, and the blocks in it by the names of the original's.
 
     Args:
         out: the folder.
@@ -125,11 +131,6 @@ def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
     Raises:
         LatentizeError: the folder is not ours or is damaged, or the original's structure is needed and not given.
     """
-    return load_blocks(Path(out), model)[0]
-
-
-def load_blocks(out: Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, LatentMoE]]:
-    """The converted model as `load` gives it, and the blocks in it by the names of the original's."""
     from latentize import passes
 
     manifest = read_manifest(out)
@@ -205,7 +206,7 @@ def open_artefact(folder: Path) -> Source:
     from latentize import source_file, source_hf, source_pt2
 
     manifest = read_manifest(folder)
-    origin, model = manifest.origin, load(folder)
+    origin, model = manifest.origin, load_blocks(folder)[0]
     if origin.form == "file" and origin.path is not None:
         source = source_file.open_file(origin.path, origin.factory, origin=_origin_file(origin))
         return replace(source, model=model, path=folder, factory="")
