@@ -73,7 +73,7 @@ def measure(sizes: Sequence[tuple[int, int, int, int]]) -> list[Times]:
     """Times of every form at these sizes, as far as they are not out of all proportion."""
     found = []
     for latent, intermediate, experts, k in sizes:
-        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False)
+        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False, True)
         sessions = {form: onnx_forms.node_session(form, config) for form in PRICES}
         for tokens in TOKENS:
             feeds = onnx_forms.node_feeds(config, tokens)

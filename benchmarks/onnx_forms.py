@@ -3,7 +3,8 @@
     python benchmarks/onnx_forms.py forms            one latent-experts node, every form
     python benchmarks/onnx_forms.py profiles         the forms chosen for decoding, for prefilling and for everything
     python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant,
-                                                     by standard operators and with latentize's own
+                                                     by standard operators and with latentize's own, and the
+                                                     original as torch.onnx exports transformers' own code
 
 One thread; times are CPU time of that thread, so that a busy machine disturbs them little. All graphs of a comparison
 are run in every round, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on
@@ -43,8 +44,9 @@ from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
 
 TOKENS = (1, 16, 256)
 OURS = " + latentize"
+BY_TORCH = "original, torch.onnx"
 #: What gathering copies of the weights for 256 tokens needs: gigabytes.
-TOO_LARGE = {("gather", 256)}
+TOO_LARGE = {("gather", 256), ("d512", 256)}
 #: name -> (d, m, N, k, α)
 BLOCKS = {"teacher": (128, 64, 16, 4, 2), "d512": (512, 512, 64, 8, 4)}
 FORM_SIZES = {
@@ -76,7 +78,7 @@ def measure_forms() -> list[dict[str, Any]]:
     """Every form of one node; `ratio` is to the fastest form at that number of tokens."""
     rows = []
     for sizes, (latent, intermediate, experts, k) in FORM_SIZES.items():
-        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False)
+        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False, True)
         auto = choose_form(config, [config])
         sessions = {form: node_session(form, config) for form in (*FORMS, auto)}
         for tokens in TOKENS:
@@ -96,7 +98,7 @@ def measure_profiles() -> list[dict[str, Any]]:
     """What is chosen for each use of one node, at its tokens and at the other's; `ratio` is to what is usual."""
     rows = []
     for sizes, (latent, intermediate, experts, k) in FORM_SIZES.items():
-        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False)
+        config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False, True)
         chosen = {
             use: choose_form(config, [config], tokens_in_flight([Profile.parse(profile)] if profile else []))
             for use, profile in PROFILES.items()
@@ -135,9 +137,15 @@ def measure_blocks() -> list[dict[str, Any]]:
                 export_onnx(block, (torch.zeros(2, 5, d),), {}, path := Path(folder) / f"{name}.onnx")
                 for ours, library in operators.items():
                     sessions[name + ours] = open_session(path, threads=1, operator=library)
+            export_by_torch(d, m, n, k, path := Path(folder) / "by_torch.onnx")
+            sessions[BY_TORCH] = open_session(path, threads=1)
         for tokens in TOKENS:
             hidden = np.random.default_rng(tokens).standard_normal((1, tokens, d), dtype=np.float32)
-            calls = {name: runner(s, {s.get_inputs()[0].name: hidden}) for name, s in sessions.items()}
+            calls = {
+                name: runner(s, {s.get_inputs()[0].name: hidden})
+                for name, s in sessions.items()
+                if name != BY_TORCH or (sizes, tokens) not in TOO_LARGE
+            }
             times = interleaved(calls)
             for name, ms in times.items():
                 alike = ms / times["original" + OURS * name.endswith(OURS)]
@@ -206,6 +214,30 @@ def make_block(d: int, m: int, n: int, k: int, latent: int | None) -> LatentMoE:
     experts = ExpertsSpec(draw(n, m, width), draw(n, width, m), draw(n, m, width))
     projections = None if latent is None else LatentSpec(draw(latent, d), draw(d, latent))
     return LatentMoE(MoESpec(RouterSpec(draw(n, d), k, normalize="sum"), experts, projections))
+
+
+def export_by_torch(d: int, m: int, n: int, k: int, path: Path) -> None:
+    """A block of the same sizes as transformers codes it, exported by PyTorch alone.
+
+    Of its codings torch.onnx takes "batched_mm", which gathers the weights of every chosen expert; "eager" branches on
+    data, and "grouped_mm" has no counterpart in ONNX.
+    """
+    import transformers
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=d, moe_intermediate_size=m, num_experts=n, num_experts_per_tok=k, norm_topk_prob=True
+    )
+    config._experts_implementation = "batched_mm"
+    torch.manual_seed(0)
+    block = Qwen3MoeSparseMoeBlock(config).eval()
+    with torch.no_grad():
+        for weights in block.parameters():
+            weights.normal_(std=weights.shape[-1] ** -0.5)
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    program = torch.onnx.export(block, (torch.zeros(2, 5, d),), dynamo=True, dynamic_shapes=(free,), verbose=False)
+    assert program is not None
+    program.save(path)
 
 
 def runner(session: onnxruntime.InferenceSession, feeds: Mapping[str, Any]) -> Callable[[], object]:

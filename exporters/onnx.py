@@ -94,8 +94,10 @@ def export_onnx(
         program = _translate(captured, opset)
     from latentize.exporters.onnx_experts import attach_bodies
     from latentize.exporters.onnx_file import write_model
+    from latentize.exporters.onnx_shapes import join_shapes
 
     _fix_sizes(program.model)
+    join_shapes(program.model)
     choices = attach_bodies(program.model, form, opset, tokens_in_flight(profiles))
     for choice in choices:
         _log.info("%s: %s", choice.block, choice.describe())

@@ -135,8 +135,19 @@ def node_config(node: ir.Node) -> NodeConfig:
     assert hidden.dtype is not None
     return NodeConfig(
         experts, _sizes(indices)[-1], latent, intermediate, int(hidden.dtype), Activation(name, **attributes),
-        tuple(name for name in _OPTIONAL if inputs[name] is not None), on_input,
+        tuple(name for name in _OPTIONAL if inputs[name] is not None), on_input, _all_named(indices, experts),
     )  # fmt: skip
+
+
+def _all_named(indices: ir.Value, experts: int) -> bool:
+    """Whether indices [T, k] are positions among as many scores as there are experts, so that none lies beyond."""
+    choice = indices.producer()
+    if choice is None or choice.op_type != "TopK" or choice.domain or not choice.inputs:
+        return False
+    scores, axis = choice.inputs[0], choice.attributes.get("axis")
+    if scores is None or scores.shape is None or (axis is not None and axis.value not in (-1, len(scores.shape) - 1)):
+        return False
+    return _sizes(scores)[-1] == experts
 
 
 def _sizes(value: ir.Value) -> list[int]:

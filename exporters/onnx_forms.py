@@ -24,6 +24,7 @@ class NodeConfig:
     activation: Activation
     inputs: tuple[str, ...]  # the optional inputs that are there, of gate, gate_bias, up_bias, down_bias
     weights_on_input: bool
+    all_named: bool = False  # every index is known to name an expert, as where the choice is a TopK of their scores
 
     @property
     def gated(self) -> bool:
@@ -56,6 +57,10 @@ class Values:
         return [name for name in every if name is not None]
 
 
+#: Bytes of weights of which a copy is no matter where it saves two nodes.
+_COPIED = 16 << 20
+
+
 # --- what several forms share ------------------------------------------------------------------------------------
 
 
@@ -77,20 +82,22 @@ def _at(nodes: Nodes, expert: str, stack: str) -> str:
 
 @dataclass(frozen=True)
 class _Sorted:
-    """(token, expert) pairs in the order of their experts; those with an index >= N come last."""
+    """(token, expert) pairs in the order of their experts; those with an index >= N, if there may be any, come last."""
 
     order: str  # [P] pair numbers
-    counts: str  # [N + 1] pairs of each expert, then of none
+    counts: str  # [N] pairs of each expert; [N + 1] with those of none, where there may be any
     rows: str  # [P, l] inputs
 
 
 def _sort_pairs(nodes: Nodes, config: NodeConfig, v: Values) -> _Sorted:
-    n = config.num_experts
-    expert = nodes.op("Min", nodes.reshape(v.indices, -1), nodes.constant(np.asarray(n)))
+    kinds, expert = config.num_experts, nodes.reshape(v.indices, -1)
+    if not config.all_named:
+        expert = nodes.op("Min", expert, nodes.constant(np.asarray(kinds)))
+        kinds += 1
     pairs = nodes.rows(expert)
     _, order = nodes.ops("TopK", expert, pairs, outputs=2, axis=0, largest=0, sorted=1)
     ones = nodes.op("Expand", nodes.ints(1), pairs)
-    counts = nodes.op("ScatterElements", nodes.constant(np.zeros(n + 1, np.int64)), expert, ones, reduction="add")
+    counts = nodes.op("ScatterElements", nodes.constant(np.zeros(kinds, np.int64)), expert, ones, reduction="add")
     token = nodes.op("Div", order, nodes.ints(config.top_k))
     rows = nodes.op("Gather", v.hidden, token)
     if config.weights_on_input:
@@ -110,8 +117,11 @@ def _combine(nodes: Nodes, config: NodeConfig, v: Values, outputs: str) -> str:
 def mix(nodes: Nodes, config: NodeConfig, v: Values, values: str, fill: float) -> str:
     """[T, N] with values [T, k] where a token selected an expert, `fill` elsewhere."""
     n = config.num_experts
-    shape = nodes.op("Concat", nodes.rows(v.indices), nodes.ints(n + 1), axis=0)
+    columns = n if config.all_named else n + 1
+    shape = nodes.op("Concat", nodes.rows(v.indices), nodes.ints(columns), axis=0)
     empty = nodes.op("Expand", nodes.scalar(fill), shape)
+    if config.all_named:
+        return nodes.op("ScatterElements", empty, v.indices, values, axis=1)
     index = nodes.op("Min", v.indices, nodes.constant(np.asarray(n)))
     full = nodes.op("ScatterElements", empty, index, values, axis=1)
     return nodes.op("Slice", full, nodes.ints(0), nodes.ints(n), nodes.ints(1))
@@ -128,13 +138,13 @@ def present(nodes: Nodes, config: NodeConfig, v: Values) -> str:
 def unrolled(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """Every expert has its own nodes; pairs are sorted, split by expert, and put back."""
     pairs = _sort_pairs(nodes, config, v)
-    *parts, nobody = nodes.ops("Split", pairs.rows, pairs.counts, outputs=config.num_experts + 1, axis=0)
+    parts, nobody = _by_expert(nodes, config, pairs, pairs.rows)
     split = {stack: _split(nodes, config, stack) for stack in v.stacks()}
     outputs = []
     for expert, rows in enumerate(parts):
         own = {stack: pieces[expert] for stack, pieces in split.items()}
         outputs.append(_expert(nodes, config, v, rows, own.__getitem__))
-    outputs.append(nodes.op("Mul", nobody, nodes.scalar(0.0)))
+    outputs += [nodes.op("Mul", rows, nodes.scalar(0.0)) for rows in nobody]
     routed = nodes.op("Concat", *outputs, axis=0)
     return _combine(nodes, config, v, _unsorted(nodes, pairs, routed))
 
@@ -142,28 +152,44 @@ def unrolled(nodes: Nodes, config: NodeConfig, v: Values) -> str:
 def batched(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """Two matrix products for each expert, the activation once for all of them: the fewest nodes for small experts."""
     pairs = _sort_pairs(nodes, config, v)
-    first, first_bias = v.up, v.up_bias
-    if v.gate is not None:
-        first = nodes.op("Concat", v.gate, v.up, axis=1)
-        first_bias = _joined_bias(nodes, config, v)
-    inner = _each(nodes, config, pairs, pairs.rows, first, first_bias)
-    if v.gate is None:
-        hidden = activate(nodes, config.activation, None, inner)
-    else:
-        gate, up = nodes.ops("Split", inner, outputs=2, axis=1, num_outputs=2)
-        hidden = activate(nodes, config.activation, gate, up)
+    inner = _each(nodes, config, pairs, pairs.rows, *_joined(nodes, config, v))
+    hidden = _activate_joined(nodes, config, inner, 1)
     routed = _each(nodes, config, pairs, hidden, v.down, v.down_bias)
     return _combine(nodes, config, v, _unsorted(nodes, pairs, routed))
 
 
 def _each(nodes: Nodes, config: NodeConfig, pairs: _Sorted, rows: str, weight: str, bias: str | None) -> str:
     """Every expert's linear layer on its part of the sorted rows; rows of no expert become zero."""
-    *parts, nobody = nodes.ops("Split", rows, pairs.counts, outputs=config.num_experts + 1, axis=0)
+    parts, nobody = _by_expert(nodes, config, pairs, rows)
     weights = _split(nodes, config, weight)
     biases = [()] * config.num_experts if bias is None else [(b,) for b in _split(nodes, config, bias)]
     outputs = [nodes.op("Gemm", x, w, *b, transB=1) for x, w, b in zip(parts, weights, biases, strict=True)]
-    zero = nodes.op("Mul", nodes.op("Gemm", nobody, weights[0], transB=1), nodes.scalar(0.0))
-    return nodes.op("Concat", *outputs, zero, axis=0)
+    outputs += [nodes.op("Mul", nodes.op("Gemm", x, weights[0], transB=1), nodes.scalar(0.0)) for x in nobody]
+    return nodes.op("Concat", *outputs, axis=0)
+
+
+def _by_expert(nodes: Nodes, config: NodeConfig, pairs: _Sorted, rows: str) -> tuple[list[str], list[str]]:
+    """Sorted rows split into those of each expert, and, where there may be any, those of none."""
+    n = config.num_experts
+    parts = nodes.ops("Split", rows, pairs.counts, outputs=n if config.all_named else n + 1, axis=0)
+    return parts[:n], parts[n:]
+
+
+def _joined(nodes: Nodes, config: NodeConfig, v: Values) -> tuple[str, str | None]:
+    """The first layer of every expert, its gate above its up: a weight [N, 2m, l] and a bias [N, 2m], where there are
+    both; a copy of the weights, made when the graph is loaded.
+    """
+    if v.gate is None:
+        return v.up, v.up_bias
+    return nodes.op("Concat", v.gate, v.up, axis=1), _joined_bias(nodes, config, v)
+
+
+def _activate_joined(nodes: Nodes, config: NodeConfig, inner: str, axis: int) -> str:
+    """Hidden activations from what the first layer of `_joined` gives along `axis`."""
+    if not config.gated:
+        return activate(nodes, config.activation, None, inner)
+    gate, up = nodes.ops("Split", inner, outputs=2, axis=axis, num_outputs=2)
+    return activate(nodes, config.activation, gate, up)
 
 
 def _joined_bias(nodes: Nodes, config: NodeConfig, v: Values) -> str | None:
@@ -195,7 +221,9 @@ def _range(nodes: Nodes, stop: str) -> str:
 def loop(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """A Loop over the experts that any token selected."""
     pairs = _sort_pairs(nodes, config, v)
-    real = nodes.op("Slice", pairs.counts, nodes.ints(0), nodes.ints(config.num_experts))
+    real = pairs.counts
+    if not config.all_named:
+        real = nodes.op("Slice", real, nodes.ints(0), nodes.ints(config.num_experts))
     active = nodes.reshape(nodes.op("NonZero", real), -1)
     counts = nodes.op("Gather", real, active)
     ends = nodes.op("CumSum", counts, nodes.constant(np.asarray(0)))
@@ -241,27 +269,28 @@ def dense(nodes: Nodes, config: NodeConfig, v: Values) -> str:
 
 def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """Every pair's own matrices are gathered: for few tokens, where the weights read are all that counts."""
-    there = present(nodes, config, v)
-    last = nodes.constant(np.asarray(config.num_experts - 1))
-    index = nodes.reshape(nodes.op("Min", v.indices, last), -1)
-    weights = nodes.op("Mul", v.weights, nodes.op("Cast", there, to=nodes.dtype))
-    rows = nodes.op("Unsqueeze", v.hidden, nodes.ints(1))
+    index, weights, ones = v.indices, v.weights, None
+    if not config.all_named:
+        ones = nodes.op("Cast", present(nodes, config, v), to=nodes.dtype)
+        index = nodes.op("Min", index, nodes.constant(np.asarray(config.num_experts - 1)))
+        weights = nodes.op("Mul", weights, ones)
+    x = nodes.reshape(v.hidden, -1, 1, config.latent_dim, 1)
     if config.weights_on_input:
-        rows = nodes.op("Mul", rows, nodes.op("Unsqueeze", weights, nodes.ints(2)))
-    else:
-        rows = nodes.op("Expand", rows, nodes.ints(1, config.top_k, 1))
-    x = nodes.reshape(rows, -1, config.latent_dim, 1)
+        x = nodes.op("Mul", x, nodes.reshape(weights, -1, config.top_k, 1, 1))
 
     def linear(weight: str, bias: str | None, value: str) -> str:
         out = nodes.op("MatMul", nodes.op("Gather", weight, index), value)
         if bias is None:
             return out
-        return nodes.op("Add", out, nodes.op("Unsqueeze", nodes.op("Gather", bias, index), nodes.ints(2)))
+        return nodes.op("Add", out, nodes.op("Unsqueeze", nodes.op("Gather", bias, index), nodes.ints(3)))
 
-    gate = None if v.gate is None else linear(v.gate, v.gate_bias, x)
-    hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias, x))
-    outputs = nodes.reshape(linear(v.down, v.down_bias, hidden), -1, config.top_k, config.latent_dim)
-    if config.weights_on_input:
-        weights = nodes.op("Cast", there, to=nodes.dtype)
-    row = nodes.op("Unsqueeze", weights, nodes.ints(1))
-    return nodes.reshape(nodes.op("MatMul", row, outputs), -1, config.latent_dim)
+    if config.weight_bytes <= _COPIED:
+        hidden = _activate_joined(nodes, config, linear(*_joined(nodes, config, v), x), 2)
+    else:
+        gate = None if v.gate is None else linear(v.gate, v.gate_bias, x)
+        hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias, x))
+    outputs = linear(v.down, v.down_bias, hidden)
+    factors = ones if config.weights_on_input else weights
+    if factors is not None:
+        outputs = nodes.op("Mul", outputs, nodes.reshape(factors, -1, config.top_k, 1, 1))
+    return nodes.op("ReduceSum", outputs, nodes.ints(1, 3), keepdims=0)

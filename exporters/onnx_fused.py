@@ -20,8 +20,9 @@ def fused(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     attributes = _attributes(config)
 
     def operator(inner: Nodes) -> str:
-        zero = inner.scalar(0.0)
-        weights = inner.op("Where", present(inner, config, v), v.weights, zero)
+        weights = v.weights
+        if not config.all_named:
+            weights = inner.op("Where", present(inner, config, v), weights, inner.scalar(0.0))
         total = inner.op("ReduceSum", weights, inner.ints(1))
         logits = mix(inner, config, v, inner.op("Max", inner.op("Log", weights), inner.scalar(_ABSENT)), _ABSENT)
         w1, b1 = _first_layer(inner, config, v)

@@ -103,7 +103,7 @@ def attach(
             continue
         whole = not name and origin.config is not None
         saving = SavePretrained(model, origin, sites, blocks, recipe) if whole else PartOfConverted(name)
-        module.save_pretrained = saving  # type: ignore[assignment]
+        module.save_pretrained = saving
 
 
 def _holds_blocks(module: nn.Module) -> bool:

@@ -32,8 +32,10 @@ def route(logits: Tensor, router: RouterSpec) -> Routing:
     """
     capped = logits if router.softcap is None else router.softcap * torch.tanh(logits / router.softcap)
     scores = capped if router.order == "topk_first" else score(capped, router.score)
-    indices = selection_scores(capped, scores, router).topk(router.top_k, dim=-1).indices
-    weights = scores.gather(-1, indices)
+    choice = selection_scores(capped, scores, router)
+    weights, indices = choice.topk(router.top_k, dim=-1)
+    if choice is not scores:
+        weights = scores.gather(-1, indices)
     if router.order == "topk_first":
         weights = score(weights, router.score)
     weights = normalize(weights, router) * router.scale

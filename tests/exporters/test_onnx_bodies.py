@@ -64,12 +64,16 @@ def make_routing(tokens: int, *, signed: bool = False, missing: bool = False) ->
     return Routing(torch.empty(0), weights, order)
 
 
-def node_config(experts: ExpertsSpec, *, on_input: bool = False, dtype: int = TensorProto.FLOAT) -> NodeConfig:
+def node_config(
+    experts: ExpertsSpec, *, on_input: bool = False, named: bool = False, dtype: int = TensorProto.FLOAT
+) -> NodeConfig:
     there = tuple(n for n in ("gate", "gate_bias", "up_bias", "down_bias") if getattr(experts, n) is not None)
-    return NodeConfig(N, K, L, M, dtype, experts.activation, there, on_input)
+    return NodeConfig(N, K, L, M, dtype, experts.activation, there, on_input, named)
 
 
-def make_model(form: str, experts: ExpertsSpec, *, on_input: bool = False, opset: int = 20) -> onnx.ModelProto:
+def make_model(
+    form: str, experts: ExpertsSpec, *, on_input: bool = False, named: bool = False, opset: int = 20
+) -> onnx.ModelProto:
     weights = {name: getattr(experts, name) for name in INPUTS[3:]}
     attributes = {name: value for name, value in asdict(experts.activation).items() if value is not None}
     attributes["activation"] = attributes.pop("name")
@@ -85,7 +89,7 @@ def make_model(form: str, experts: ExpertsSpec, *, on_input: bool = False, opset
     ]
     stored = [numpy_helper.from_array(t.float().numpy(), n) for n, t in weights.items() if t is not None]
     graph = helper.make_graph([node], "one", inputs, [info("combined", TensorProto.FLOAT, ["T", L])], stored)
-    body = build_body(form, node_config(experts, on_input=on_input), opset, "only")
+    body = build_body(form, node_config(experts, on_input=on_input, named=named), opset, "only")
     imports = [helper.make_opsetid(domain, version) for domain, version in (("", opset), (DOMAIN, 1), (MICROSOFT, 1))]
     return helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
 
@@ -97,9 +101,11 @@ def run_model(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> torch.
     return torch.from_numpy(session.run(None, dict(feeds))[0])
 
 
-def worst_error(form: str, experts: ExpertsSpec, *, on_input: bool = False, opset: int = 20, **routing: bool) -> float:
+def worst_error(
+    form: str, experts: ExpertsSpec, *, on_input: bool = False, named: bool = False, opset: int = 20, **routing: bool
+) -> float:
     """Largest relative error against the fp64 reference over `TOKENS`."""
-    model = make_model(form, experts, on_input=on_input, opset=opset)
+    model = make_model(form, experts, on_input=on_input, named=named, opset=opset)
     router = RouterSpec(torch.empty(N, L), K, applies_to="input" if on_input else "output")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -113,6 +119,18 @@ def worst_error(form: str, experts: ExpertsSpec, *, on_input: bool = False, opse
         actual = torch.from_numpy(session.run(None, {name: t.numpy() for name, t in feeds.items()})[0])
         errors.append(((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item())
     return max(errors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_where_every_index_names_an_expert_nothing_looks_for_others(form: str) -> None:
+    experts = make_experts(gated=True, biases=True, activation=Activation("silu"))
+    for on_input in [on_input for on_input in (False, True) if accepts(form, experts, on_input=on_input)]:
+        assert worst_error(form, experts, on_input=on_input, named=True) < TOLERANCE
+        known, unknown = (
+            build_body(form, node_config(experts, on_input=on_input, named=named), 20, "only").ByteSize()
+            for named in (True, False)
+        )
+        assert known < unknown
 
 
 def accepts(form: str, experts: ExpertsSpec, *, on_input: bool = False) -> bool:
