@@ -41,7 +41,7 @@ def test_generated_case_computes_what_it_says(seed: int) -> None:
         assert contract.relative(run(model, ((x,), {}))[0], model.expected(x[0])) <= 1e-13
 
 
-#: Share of random cases that may be refused; none may be wrong. None of the first 50 is refused today.
+#: Share of further random cases that may be refused; none may be wrong, and of the first 50 none is refused.
 REFUSED = 0.1
 
 
@@ -57,7 +57,13 @@ def survey(seeds: range, record: pytest.FixtureRequest) -> float:
 
 @pytest.mark.parametrize("part", range(5))
 def test_random_moes_are_lifted_exactly(part: int, request: pytest.FixtureRequest) -> None:
-    assert survey(range(10 * part, 10 * part + 10), request) <= REFUSED
+    assert survey(range(10 * part, 10 * part + 5), request) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(5))
+def test_more_random_moes_are_lifted_exactly(part: int, request: pytest.FixtureRequest) -> None:
+    assert survey(range(10 * part + 5, 10 * part + 10), request) == 0
 
 
 #: Draws whose weights are hard to tell: experts that vanish for some tokens, numbers of a tanh elsewhere, groups by
