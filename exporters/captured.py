@@ -15,6 +15,9 @@ from torch.utils import _pytree as pytree
 from latentize.errors import LatentizeError, one_line
 from latentize.inputs import Inputs, observing, with_tokens
 
+#: Tokens of the longer example: several chunks of the sizes in use, and not a whole number of them.
+_LONGER = 257
+
 
 def capture(model: nn.Module, inputs: Inputs, feature: str) -> torch.export.ExportedProgram:
     """The program of a model within `exporting`, with every axis of its inputs dynamic that the model leaves free.
@@ -33,6 +36,43 @@ def capture(model: nn.Module, inputs: Inputs, feature: str) -> torch.export.Expo
             f"{feature}: torch.export cannot capture {type(model).__name__}: {one_line(error)}; "
             "that part of its forward depends on data in Python"
         ) from error
+
+
+def capture_any_length(model: nn.Module, inputs: Inputs, feature: str) -> torch.export.ExportedProgram:
+    """`capture`, of longer sequences where that of the example would hold for short ones alone.
+
+    A model that works through its tokens chunk by chunk is captured with the number of its chunks: of a single one,
+    whose axis is then taken for one that broadcasts, nothing can be made that runs on several.
+
+    Raises:
+        LatentizeError: as `capture`.
+    """
+    captured = capture(model, inputs, feature)
+    longer = with_tokens(inputs.args, inputs.kwargs, _LONGER)
+    beyond = with_tokens(inputs.args, inputs.kwargs, 2 * _LONGER)
+    if longer is None or beyond is None or not _refused(captured, longer):
+        return captured
+    longer = example_for_export(model, longer.args, longer.kwargs)
+    if [tensor.shape[:1] != (1,) for tensor in inputs.tensors()] != [t.shape[:1] != (1,) for t in longer.tensors()]:
+        return captured  # it takes so many tokens of one sequence only
+    try:
+        longer.call(model)
+        again = capture(model, longer, feature)
+    except Exception:  # the user's model may take short sequences only
+        return captured
+    return captured if _refused(again, beyond) else again
+
+
+def _refused(captured: torch.export.ExportedProgram, inputs: Inputs) -> bool:
+    """Whether the sizes of a call are others than those that a program was captured for; nothing is computed."""
+    guards = getattr(captured.module(), "_guards_fn", None)
+    if guards is None:
+        return False
+    try:
+        guards(*pytree.tree_leaves((inputs.args, dict(inputs.kwargs))))
+    except AssertionError:
+        return True
+    return False
 
 
 def captured_graph(model: nn.Module, inputs: Inputs) -> fx.GraphModule:
@@ -101,12 +141,14 @@ def _doubled(inputs: Inputs) -> Inputs:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporter's advice to its own developers."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from latentize import __version__
 from latentize.errors import LatentizeError, MissingExtraError, one_line
-from latentize.exporters.captured import capture, example_for_export, exporting, quiet
+from latentize.exporters.captured import capture_any_length, example_for_export, exporting, quiet
 from latentize.exporters.onnx_bodies import check_form
 from latentize.exporters.onnx_costs import FormChoice, tokens_in_flight
 from latentize.exporters.onnx_nodes import MAX_OPSET, MIN_OPSET
@@ -90,7 +90,7 @@ def export_onnx(
     _check_request(model, form, opset)
     inputs = example_for_export(model, args, kwargs)
     with exporting(model):
-        captured = capture(model, inputs, "ONNX export")
+        captured = capture_any_length(model, inputs, "ONNX export")
         program = _translate(captured, opset)
     from latentize.exporters.onnx_experts import attach_bodies
     from latentize.exporters.onnx_file import write_model

@@ -445,6 +445,8 @@ def _resource_problem(error: Exception, again: str) -> str | None:
         return f"out of memory ({text}); give smaller calibration batches, or use a machine with more memory"
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return f"out of memory ({text}); use a machine with more memory"
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        return f"a file grows larger than the disk or a limit (ulimit -f) allows ({text}); allow more, then {again}"
     if isinstance(error, RuntimeError) and any(words in text for words in no_memory):
         return f"out of memory ({text}); give smaller calibration batches, or use a machine with more memory"
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

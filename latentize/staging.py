@@ -10,13 +10,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from latentize.errors import LatentizeError, ResourceError
 
 MANIFEST = "latentize.json"
-#: What a folder of ours may hold besides the files its manifest lists: written by `latentize build`.
-_LATER = {".engine"}
+#: What a folder of ours may hold besides the files its manifest lists: engines and the library of `latentize build`.
+_LATER = ("*.engine", "latentize_onnxruntime.so")
 
 
 @contextmanager
@@ -78,7 +79,8 @@ def check_target(out: Path) -> None:
             f"{out}: exists and was not written by latentize; choose another place with -o, or remove it"
         )
     listed = set(json.loads((out / MANIFEST).read_text()).get("files", []))
-    foreign = sorted(name for name in files - listed - {MANIFEST} if Path(name).suffix not in _LATER)
+    unlisted = files - listed - {MANIFEST}
+    foreign = sorted(name for name in unlisted if not any(fnmatchcase(name, later) for later in _LATER))
     if foreign:
         raise LatentizeError(
             f"{out}: holds {foreign[0]!r}, which latentize did not write and would delete; move it away"

@@ -341,6 +341,20 @@ def test_transformers_model_generates_the_same_text(tmp_path: Path) -> None:
     assert torch.equal(ids, wanted)
 
 
+def test_a_model_that_works_chunk_by_chunk_takes_one_chunk_and_several(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.NemotronHConfig(
+        vocab_size=VOCAB, hidden_size=D, layers_block_type=["mamba"], num_hidden_layers=1, mamba_num_heads=2,
+        mamba_head_dim=D, n_groups=1, ssm_state_size=4, chunk_size=16, use_mamba_kernels=False, use_cache=False,
+    )  # fmt: skip
+    model = transformers.NemotronHForCausalLM(config).eval()
+    export = export_onnx(model, (), {"input_ids": torch.zeros(2, 8, dtype=torch.long)}, tmp_path / "model.onnx")
+
+    lengths = fresh_ids((1, 1), (2, 8), (1, 16), (3, 17), (1, 64))
+    check_onnx(export.path, model, [((), {"input_ids": ids}) for (ids,), _ in lengths])
+
+
 def test_an_output_that_is_not_a_number_is_as_far_off_as_can_be():
     expected = torch.ones(3)
     assert relative_error(torch.tensor([1.0, float("nan"), 1.0]), expected) == float("inf")

@@ -231,6 +231,10 @@ def test_interrupting_a_command_that_cannot_resume_just_says_so():
     assert cli._interrupted(["m.py", "--dry-run"]) == "interrupted"
     full = OSError(28, "No space left on device")
     assert str(cli._resource_problem(full, "run again")).endswith("free some space, then run again")
+    large = OSError(27, "File too large")
+    found = str(cli._resource_problem(large, "run again"))
+    assert found.startswith("a file grows larger than")
+    assert "File too large" in found
     assert cli._interrupted(["m 1.py", "--resume"]) == "interrupted; continue with: latentize 'm 1.py' --resume"
 
 

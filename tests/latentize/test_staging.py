@@ -41,6 +41,19 @@ def test_an_earlier_result_of_ours_is_replaced_as_a_whole(tmp_path):
     assert not (out / "model.onnx").exists()
 
 
+def test_what_was_built_in_an_earlier_result_does_not_stand_in_the_way(tmp_path):
+    library = pytest.importorskip("latentize.exporters.onnxruntime_ops").FILE
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "old")
+    for built in ("model.SM80.engine", library):
+        (out / built).write_text("built from the old one")
+    with staged(out) as folder:
+        fill(folder)
+    assert not [*out.glob("*.engine"), *out.glob("*.so")]
+    assert (out / "weights").read_text() == "new"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
 def test_nothing_is_left_after_a_failure(tmp_path, error):
     out = tmp_path / "out"
