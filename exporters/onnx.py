@@ -188,17 +188,33 @@ def _explain(error: BaseException, captured: torch.export.ExportedProgram) -> st
     if found is None:
         return f"ONNX export: translation failed: {one_line(causes[-1])}"
     operator = found.group(1)
+    calls = [
+        node
+        for program in (captured, captured.run_decompositions())
+        for node in program.graph.nodes
+        if node.op == "call_function" and str(node.target).startswith(operator)
+    ]
+    on_complex = [node for node in calls if any(map(_is_complex, (node, *node.all_input_nodes)))]
+    if on_complex:
+        return (
+            f"ONNX export: ONNX has no complex numbers, on which {operator} works in {_place(on_complex)}; compute "
+            "with real and imaginary parts there, or export without ONNX"
+        )
     return (
-        f"ONNX export: ONNX has no operator for {operator}, used in {_place(captured, operator)}; "
+        f"ONNX export: ONNX has no operator for {operator}, used in {_place(calls)}; "
         "replace it there, or export without ONNX"
     )
 
 
-def _place(captured: torch.export.ExportedProgram, operator: str) -> str:
-    for program in (captured, captured.run_decompositions()):
-        for node in program.graph.nodes:
-            if node.op == "call_function" and str(node.target).startswith(operator):
-                stack = list((node.meta.get("nn_module_stack") or {}).values())
-                path = next((name for name, _ in reversed(stack) if name), "")
-                return f"module {path!r}" if path else "the model's own forward"
-    return "the model"
+def _is_complex(node: torch.fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
+
+
+def _place(calls: Sequence[torch.fx.Node]) -> str:
+    """The module that the first of some calls belongs to."""
+    if not calls:
+        return "the model"
+    stack = list((calls[0].meta.get("nn_module_stack") or {}).values())
+    path = next((name for name, _ in reversed(stack) if name), "")
+    return f"module {path!r}" if path else "the model's own forward"

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
+class NoKernelError(LatentizeError):
+    """onnxruntime has no CPU kernel for an operator in the graph's element type."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One run of both sides. `shapes` are those of the tensors that went in."""
@@ -95,6 +99,7 @@ def open_session(
         operator: the library of `onnxruntime_ops` that runs the experts; None for the file's standard operators.
 
     Raises:
+        NoKernelError: it has no CPU kernel for an operator in the graph's element type.
         LatentizeError: the file is missing, broken, or uses what this onnxruntime does not support.
     """
     try:
@@ -112,17 +117,17 @@ def open_session(
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-        raise LatentizeError(f"{path}: {_explain(error)}") from error
+        raise _explained(path, error) from error
 
 
-def _explain(error: Exception) -> str:
+def _explained(path: Path, error: Exception) -> LatentizeError:
     missing = re.search(r"Could not find an implementation for (\w+)\(\d+\) node with name '([^']*)'", str(error))
     if missing is None:
-        return f"onnxruntime cannot load it: {one_line(error)}"
+        return LatentizeError(f"{path}: onnxruntime cannot load it: {one_line(error)}")
     operator, node = missing.groups()
-    return (
-        f"onnxruntime has no CPU kernel for {operator} in the graph's dtype ({node}): export the model in float32 to "
-        "run it on CPU"
+    return NoKernelError(
+        f"{path}: onnxruntime has no CPU kernel for {operator} in the graph's dtype ({node}): export the model in "
+        "float32 to run it on CPU"
     )
 
 

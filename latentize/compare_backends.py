@@ -18,7 +18,7 @@ from latentize.compare_inputs import Sequences
 from latentize.comparison import BackendAgreement, LengthAgreement, Memory, Which
 from latentize.errors import LatentizeError, one_line
 from latentize.exporters.captured import exporting
-from latentize.exporters.onnx_check import relative_error
+from latentize.exporters.onnx_check import NoKernelError, relative_error
 from latentize.inputs import Inputs
 from latentize.passes.double import dtype_of
 from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR
@@ -52,8 +52,13 @@ def available(out: Path, asked: Sequence[str] | None, notes: list[str]) -> list[
         MissingExtraError: a package that was asked for is not installed.
     """
     found = []
-    if "ort" in asked if asked is not None else (out / REWRITTEN).exists():
+    if asked is not None and "ort" in asked:
         found += onnxruntime_backends(out, notes)
+    elif asked is None and (out / REWRITTEN).exists():
+        try:
+            found += onnxruntime_backends(out, notes)
+        except NoKernelError as error:
+            notes.append(f"{ONNXRUNTIME} is not compared: {error}")
     engines = sorted(out.glob("*.engine"))
     if asked is not None and "trt" in asked:
         if not engines:

@@ -277,8 +277,8 @@ def to_json(report: Report) -> str:
     return json.dumps(_words(fields), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def from_json(text: str) -> Report:
-    """The report in JSON text that `to_json` wrote.
+def from_json(text: str, name: str = JSON_NAME) -> Report:
+    """The report in JSON text that `to_json` wrote; `name` is what errors call it.
 
     Raises:
         LatentizeError: the text is not JSON, has another schema version, or a field is missing or of the wrong type.
@@ -286,11 +286,11 @@ def from_json(text: str) -> Report:
     try:
         raw = json.loads(text)
     except json.JSONDecodeError as error:
-        raise LatentizeError(f"{JSON_NAME}: not JSON ({error}); run the conversion again to write it anew") from None
+        raise LatentizeError(f"{name}: not JSON ({error}); run the conversion again to write it anew") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise LatentizeError(
-            f"{JSON_NAME}: schema version {version!r}, expected {SCHEMA_VERSION}; "
+            f"{name}: schema version {version!r}, expected {SCHEMA_VERSION}; "
             "read it with the release of latentize that wrote it"
         )
     try:
@@ -298,7 +298,7 @@ def from_json(text: str) -> Report:
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(str(part) for part in problem["loc"])
-        raise LatentizeError(f"{JSON_NAME}: field {where}: {problem['msg']}; it was changed or cut short") from None
+        raise LatentizeError(f"{name}: field {where}: {problem['msg']}; it was changed or cut short") from None
 
 
 def json_schema() -> dict[str, Any]:
@@ -343,7 +343,7 @@ def read(out: Path) -> Report:
     """
     path = Path(out) / JSON_NAME
     try:
-        return from_json(path.read_text(encoding="utf-8"))
+        return from_json(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise LatentizeError(
             f"{path}: cannot be read ({error.strerror}); give the folder that `latentize MODEL -o OUT` wrote"

@@ -77,6 +77,7 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     forms: list[FormChoice] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
+    onnx: list[OnnxAgreement] = field(default_factory=list)
 
     @property
     def example(self) -> list[Batch]:
@@ -243,7 +244,7 @@ def run(job: Job) -> None:
         with job.steps.step("save"):
             result.write(folder)
         run_export.checkpoints(job, folder, result, gates)
-        onnx = run_export.graphs(job, folder, graph, prepared.teacher, result, gates)
+        onnx = run_export.graphs(job, folder, graph, result, gates)
         measured = _compare(job, folder, prepared.teacher, result, evaluation, onnx, gates)
         with job.steps.step("report"):
             report = run_report.write(job, result, prepared, measured, folder)

@@ -189,8 +189,13 @@ def rounds_for(model: nn.Module, source: Source) -> int:
 def _onnx_latencies(folder: Path, make_inputs: MakeInputs, rounds: int) -> tuple[Latency, ...]:
     """Of the graphs in a folder by standard operators, and with latentize's own where its library takes them."""
     from latentize.exporters import onnxruntime_ops
+    from latentize.exporters.onnx_check import NoKernelError
 
-    rows = _graph_latencies(folder, make_inputs, rounds, ONNXRUNTIME, None)
+    try:
+        rows = _graph_latencies(folder, make_inputs, rounds, ONNXRUNTIME, None)
+    except NoKernelError:
+        note = "it has no CPU kernels in the graph's dtype"
+        return tuple(Latency.of(ONNXRUNTIME, count, {}, note) for count in TOKENS)
     library = onnxruntime_ops.library() if rows else None
     if library is None:
         return rows

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from latentize import api, conversion
 from latentize.compare import Gate
 from latentize.compare_inputs import own_length
-from latentize.conversion import Prepared, Rewritten
-from latentize.errors import LatentizeError
+from latentize.conversion import Prepared
+from latentize.errors import GateError, LatentizeError
 from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.inputs import Inputs
 from latentize.plan import make_plan
@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 
 
 def original(job: Job, folder: Path) -> Path | None:
-    """The original's graph, exported before the long work: what stops it would stop the rewritten model's too.
+    """The original's graph, exported and run before the long work: what stops it would stop the rewritten model's too.
 
     Checkpoints that were asked for are looked at here too, as far as sizes and routing decide, and profiles.
+
+    Raises:
+        LatentizeError: the model cannot be exported, or not with what was asked for.
+        GateError: onnxruntime cannot run the graph at some length, or returns other shapes.
     """
     if job.options.graphs:
         _profiles(job)
@@ -46,6 +50,13 @@ def original(job: Job, folder: Path) -> Path | None:
             specs = {name: conversion.in_dtype(spec, recipe) for name, spec in canonical.specs.items()}
             trial = conversion.rewrite(job.source.model, job.survey.selected, specs)
             run_onnx.check_in_form(job.source, trial.model, form, folder)
+        notes: list[str] = []
+        job.onnx = run_onnx.agreement("original", path, canonical.model, job.source, notes)
+        if any(math.isinf(row.relative_error) for row in job.onnx):
+            said = f"{path.name}: "
+            why = next(note for note in notes if said in note).split(said, 1)[1]
+            raise GateError(f"the original's graph: {why}; the rewritten one's would too")
+        job.warnings.extend(notes)
         return path
 
 
@@ -76,7 +87,7 @@ def _profiles(job: Job) -> tuple[Profile, ...]:
 
 
 def graphs(
-    job: Job, folder: Path, graph: Path | None, teacher: Rewritten, result: api.Result, gates: list[Gate]
+    job: Job, folder: Path, graph: Path | None, result: api.Result, gates: list[Gate]
 ) -> tuple[OnnxAgreement, ...] | None:
     """The rewritten model's graph, and engines where asked for; how well both graphs agree with PyTorch joins `gates`.
 
@@ -94,7 +105,7 @@ def graphs(
         job.forms.extend(made.choices)
         if made.problem:
             job.warnings.append(made.problem)
-        rows = run_onnx.agreement("original", folder / graph.name, teacher.model, job.source, job.warnings)
+        rows = [*job.onnx]
         rows += run_onnx.agreement("rewritten", made.path, result.model, job.source, job.warnings)
     if "tensorrt" in job.options.exports:
         from latentize.exporters import tensorrt

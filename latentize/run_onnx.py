@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,13 +46,12 @@ def export_original(source: Source, canonical: nn.Module, folder: Path, profiles
         LatentizeError: the model cannot be exported, or onnxruntime cannot load the graph.
     """
     from latentize.exporters.onnx import export_onnx
-    from latentize.exporters.onnx_check import open_session
 
     path = folder / ORIGINAL
     metadata = {"latentize.model": "original"}
     export_onnx(canonical, source.args, source.kwargs, path, profiles=profiles, metadata=metadata)
-    open_session(path)
-    return path
+    with runnable(path):
+        return path
 
 
 def check_in_form(source: Source, canonical: nn.Module, form: str, folder: Path) -> None:
@@ -59,13 +61,39 @@ def check_in_form(source: Source, canonical: nn.Module, form: str, folder: Path)
         LatentizeError: the form cannot express a block, or onnxruntime has no kernel for an operator in the dtype.
     """
     from latentize.exporters.onnx import export_onnx
-    from latentize.exporters.onnx_check import open_session
 
     path = folder / "tried.onnx"
     export_onnx(canonical, source.args, source.kwargs, path, form=form)
-    open_session(path)
+    with runnable(path):
+        pass
     for file in folder.glob(path.name + "*"):
         file.unlink()
+
+
+@contextmanager
+def runnable(path: Path) -> Iterator[Path]:
+    """The graph as onnxruntime's CPU kernels take it: itself, or, while inside, a copy in float32 of a bfloat16 one.
+
+    Raises:
+        LatentizeError: onnxruntime cannot load the graph.
+    """
+    from latentize.exporters.onnx import EXTERNAL_ABOVE
+    from latentize.exporters.onnx_check import NoKernelError, open_session
+    from latentize.exporters.onnx_widened import holds_bfloat16, widen_graph
+
+    try:
+        open_session(path)
+    except NoKernelError:
+        if not holds_bfloat16(path):
+            raise
+    else:
+        yield path
+        return
+    with TemporaryDirectory(prefix=".float32-", dir=path.parent) as folder:
+        wide = Path(folder) / path.name
+        widen_graph(path, wide, EXTERNAL_ABOVE)
+        open_session(wide)
+        yield wide
 
 
 def export_rewritten(
@@ -110,13 +138,36 @@ def agreement(
 
     By standard operators, then with latentize's own, where its library can be had and takes the graph. A graph that
     cannot run or returns other shapes has an infinite error; `notes` gets the reason. Values on which both disagree and
-    a router's choice is a tie within the tolerance are left out, counted and drawn again.
+    a router's choice is a tie within the tolerance are left out, counted and drawn again. A bfloat16 graph, which
+    onnxruntime's CPU kernels do not take, is widened to float32 and held against the model widened alike.
     """
+    from latentize.exporters.onnx_check import TOLERANCES
+    from latentize.exporters.onnx_widened import TOLERANCE as WIDENED
+    from latentize.exporters.onnx_widened import widen_inputs, widen_model
+
+    lengths = _lengths(source, model, notes)
+    half = any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in model.state_dict().values())
+    with runnable(path) if half else nullcontext(path) as graph:
+        if graph != path:
+            notes.append(
+                f"{path.name} is bfloat16, for which onnxruntime has no CPU kernels: the same graph in float32 was "
+                "held against the model in float32"
+            )
+            model, lengths = widen_model(model), [(tokens, widen_inputs(inputs)) for tokens, inputs in lengths]
+            wide = widen_inputs(Inputs(source.args, source.kwargs))
+            source = replace(source, args=wide.args, kwargs=dict(wide.kwargs))
+            return _agreements(which, graph, model, source, notes, lengths, WIDENED)
+        return _agreements(which, graph, model, source, notes, lengths, TOLERANCES.get(dtype_of(model), 1e-5))
+
+
+def _agreements(
+    which: Literal["original", "rewritten"], path: Path, model: nn.Module, source: Source, notes: list[str],
+    lengths: Sequence[tuple[int, Inputs]], tolerance: float,
+) -> list[OnnxAgreement]:  # fmt: skip
     from latentize.exporters import onnxruntime_ops
     from latentize.exporters.onnx_check import open_session
 
-    lengths = _lengths(source, model, notes)
-    rows = [_agreement(which, path, model, source, notes, length, None) for length in lengths]
+    rows = [_agreement(which, path, model, source, notes, length, None, tolerance) for length in lengths]
     library = onnxruntime_ops.library()
     if library is None:
         return rows
@@ -125,16 +176,15 @@ def agreement(
     except LatentizeError as error:
         notes.append(f"{WITH_OPERATOR} is not checked: {error}")
         return rows
-    return rows + [_agreement(which, path, model, source, notes, length, library) for length in lengths]
+    return rows + [_agreement(which, path, model, source, notes, length, library, tolerance) for length in lengths]
 
 
 def _agreement(
     which: Literal["original", "rewritten"], path: Path, model: nn.Module, source: Source, notes: list[str],
-    length: tuple[int, Inputs], operator: Path | None,
+    length: tuple[int, Inputs], operator: Path | None, tolerance: float,
 ) -> OnnxAgreement:  # fmt: skip
-    from latentize.exporters.onnx_check import TOLERANCES, check_onnx
+    from latentize.exporters.onnx_check import check_onnx
 
-    tolerance = TOLERANCES.get(dtype_of(model), 1e-5)
     tokens, inputs = length
     for attempt in range(_DRAWS):
         drawn = redraw(inputs, source, tokens + attempt * max(TOKENS))

@@ -22,7 +22,20 @@ onnx_ir = pytest.importorskip("onnx_ir")
 
 from latentize.exporters import onnx_file  # noqa: E402
 from latentize.exporters.onnx import EXTERNAL_ABOVE, export_onnx  # noqa: E402
-from latentize.exporters.onnx_check import check_onnx, open_session, relative_error, run_session  # noqa: E402
+from latentize.exporters.onnx_check import (  # noqa: E402
+    NoKernelError,
+    check_onnx,
+    open_session,
+    relative_error,
+    run_session,
+)
+from latentize.exporters.onnx_widened import (  # noqa: E402
+    TOLERANCE,
+    holds_bfloat16,
+    widen_graph,
+    widen_inputs,
+    widen_model,
+)
 from latentize.exporters.tensorrt_profiles import Profile  # noqa: E402
 from latentize.inputs import Inputs  # noqa: E402
 
@@ -235,8 +248,38 @@ def test_bf16_is_exported_and_cpu_kernels_that_lack_it_are_named(tmp_path: Path)
     x = torch.ones(2, 5, D, dtype=torch.bfloat16)
     export_onnx(model, (x,), {}, path)
     onnx.checker.check_model(onnx.load(path), full_check=True)
-    with pytest.raises(LatentizeError, match=r"has no CPU kernel for Gemm in the graph's dtype \(node_linear_1\)"):
+    with pytest.raises(NoKernelError, match=r"has no CPU kernel for Gemm in the graph's dtype \(node_linear_1\)"):
         check_onnx(path, model, [((x,), {})])
+
+
+class Halves(nn.Module):
+    """A block between layers that hold what a graph may hold in bfloat16: constants, casts, branches, whole numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = LatentMoE(make_spec())
+        self.register_buffer("table", torch.arange(D) - 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = self.table.to(x.dtype) * 0.01 + torch.tensor(0.5, dtype=x.dtype)
+        return self.moe(x.float().cumsum(1).to(x.dtype) * steps) + torch.ones(D, dtype=x.dtype)
+
+
+def test_a_bfloat16_graph_is_held_against_the_model_in_float32(tmp_path: Path) -> None:
+    model, path, wide = Halves().to(torch.bfloat16), tmp_path / "m.onnx", tmp_path / "wide.onnx"
+    x = torch.randn(2, 5, D, generator=torch.Generator().manual_seed(2)).bfloat16()
+    export_onnx(model, (x,), {}, path)
+    assert holds_bfloat16(path)
+    widen_graph(path, wide, EXTERNAL_ABOVE)
+    onnx.checker.check_model(onnx.load(wide), full_check=True)
+    assert not holds_bfloat16(wide)
+    calls = [widen_inputs(Inputs((drawn,), {})) for drawn in (x, x[:, :1], x[:1, :3])]
+    assert check_onnx(wide, widen_model(model), [(call.args, call.kwargs) for call in calls], TOLERANCE).error > 0
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        model.moe.experts.down.mul_(1.1)
+    with pytest.raises(GateError, match="disagree"):
+        check_onnx(wide, widen_model(model), [(call.args, call.kwargs) for call in calls], TOLERANCE)
 
 
 def test_disagreement_is_a_gate_error(lm: tuple[Lm, Path]) -> None:
@@ -284,6 +327,20 @@ class Eigenvalues(nn.Module):
 def test_operator_that_onnx_lacks_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(LatentizeError, match=r"no operator for aten\._linalg_eigh, used in module 'inner\.1'"):
         export_onnx(Stranger(), (torch.ones(3, 4),), {}, tmp_path / "m.onnx")
+
+
+class Rotary(nn.Module):
+    """Turns pairs of values as complex numbers, some of them by themselves and some as real ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(2), torch.ones(2))
+        return torch.view_as_real(turned.unsqueeze(0)).flatten(-2).squeeze(0) + x.unsqueeze(0).squeeze(0)
+
+
+def test_complex_numbers_are_named_with_their_place(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Rotary())
+    with pytest.raises(LatentizeError, match=r"no complex numbers, on which aten\.\w+ works in module '1'"):
+        export_onnx(model, (torch.ones(3, 4),), {}, tmp_path / "m.onnx")
 
 
 class Choosy(nn.Module):

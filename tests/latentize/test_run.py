@@ -232,12 +232,39 @@ def test_an_interrupted_run_of_another_recipe_is_refused_by_name(net, capsys, mo
     assert "recipe.latent_dim differs" in err
 
 
-def test_a_graph_that_could_not_run_is_known_before_the_long_work(net, capsys):
-    (net / "r.yaml").write_text("dtype: bfloat16\nlatent_dim: 8\n")
+def test_a_bfloat16_graph_is_held_against_the_model_in_float32(net, capsys):
+    (net / "r.yaml").write_text("dtype: bfloat16\nlatent_dim: 8\nheal_steps: 0\n")
     code, out, err = call(capsys, "net.py", "-o", "out", "--recipe", "r.yaml", "--export", "onnx")
+    assert code == 0, err
+    made = report.read(net / "out")
+    rows = [row for row in made.onnx if row.model == "rewritten"]
+    assert {row.tokens for row in rows} == {1, 16, 256}
+    assert all(row.passed and row.relative_error < 1e-5 for row in rows)
+    assert "model.onnx is bfloat16, for which onnxruntime has no CPU kernels" in out
+    assert "it has no CPU kernels in the graph's dtype" in " ".join(out.split())
+    code, out, err = call(capsys, "compare", "out")
+    assert code == 0, err
+    assert "onnxruntime is not compared" in out
+    code, _, err = call(capsys, "compare", "out", "--backend", "ort")
     assert code == 2
-    assert "onnxruntime has no CPU kernel for Gemm in the graph's dtype" in err
-    assert "statistics" not in out
+    assert "has no CPU kernel for" in err
+
+
+def test_a_graph_that_does_not_run_is_known_before_the_long_work(net, capsys, monkeypatch):
+    from latentize.exporters import onnx_check
+
+    def broken(path, *_args, **_options):
+        raise GateError(f"{path}: onnxruntime cannot run it: expand shape")
+
+    monkeypatch.setattr(onnx_check, "check_onnx", broken)
+    code, _, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "8", "--export", "onnx")
+    assert code == 4
+    assert "the original's graph: onnxruntime cannot run it: expand shape; the rewritten one's would too" in err
+    assert "statistics" not in err
+    assert not (net / "out").exists()
+
+
+def test_a_form_that_cannot_be_made_is_known_before_the_long_work(net, capsys):
     assert call(capsys, "net.py", "-o", "out", "--onnx-form", "loop")[0] == 2
     code, _, err = call(capsys, "net.py", "-o", "out", "--export", "onnx", "--onnx-form", "spiral")
     assert code == 2
@@ -288,8 +315,12 @@ def test_a_profile_longer_than_the_model_takes_is_known_before_the_long_work(net
 def test_a_disagreeing_graph_is_a_failed_gate(net, capsys, monkeypatch):
     from latentize.exporters import onnx_check
 
-    def disagree(*_args, **_options):
-        raise GateError("model.onnx: onnxruntime returns other shapes")
+    check = onnx_check.check_onnx
+
+    def disagree(path, *args, **options):
+        if path.name == "model.onnx":
+            raise GateError("model.onnx: onnxruntime returns other shapes")
+        return check(path, *args, **options)
 
     monkeypatch.setattr(onnx_check, "check_onnx", disagree)
     code, out, err = call(capsys, "net.py", "-o", "out", "--latent-dim", "8", "--heal", "0", "--export", "onnx")
