@@ -247,7 +247,7 @@ def finish(
         healing=healing,
         left=survey.left,
         warnings=[
-            *_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe),
+            *_training(model), *survey.warnings, *prepared.warnings, *_unhealed(prepared, healing, recipe),
             *(f"{name}: {made.describe()}" for name, made in student.refits.items() if not made.kept),
         ],
         rewritten=student.blocks,
