@@ -82,6 +82,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
             for item in _mixtures(seen, holder, inner):
                 found.setdefault(item.block.name, []).append(item)
         kept = [item for name, items in found.items() for item in _best(name, items)]
+        kept = [item for item in kept if not any(_is_around(item, other) for other in kept)]
         return _hold_together(model, Inputs("", args, dict(kwargs)), kept)
 
 
@@ -145,6 +146,17 @@ def _same(one: Found, other: Found) -> bool:
     """Whether two lifts, found from two selections, are one block."""
     a, b = one.block.spec, other.block.spec
     return one.site == other.site and (a is None or b is None or torch.equal(a.router.weight, b.router.weight))
+
+
+def _is_around(item: Found, other: Found) -> bool:
+    """Whether a block was found in a module around another, because code there uses the other's router again."""
+    if item.site is None or other.site is None or item.site.path is None or other.site.path is None:
+        return False
+    outer, inner, a, b = item.site.path, other.site.path, item.block.spec, other.block.spec
+    if a is None or b is None or outer == inner or not f"{inner}.".startswith(f"{outer}." if outer else ""):
+        return False
+    one, two = a.router.weight, b.router.weight
+    return torch.equal(one, two) and (one.data_ptr() == two.data_ptr() or bool(one.any()))  # routers may all be zero
 
 
 def _refused(name: str, reason: str) -> Block:

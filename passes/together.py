@@ -23,7 +23,7 @@ from latentize.spec import MoESpec
 _log = logging.getLogger(__name__)
 
 #: What is said when an attribute is missing of a module that stands for a block.
-_ASKED = re.compile(r"'(?:LatentBlock|RoutedExperts)' object has no attribute ('\w+')")
+_ASKED = re.compile(r"'(?:LatentBlock|RoutedExperts|GraphModule)' object has no attribute ('\w+')")
 #: Relative error of a whole model's outputs; rounding and ties may have grown through its layers.
 TOGETHER = 2e-2
 #: The same in fp64, where nothing but the rounding of weights that are computed from others grows.
@@ -69,6 +69,8 @@ def disagreement(
         _log.debug("running the model in canonical form failed", exc_info=True)
         asked = _ASKED.search(str(failure)) if isinstance(failure, AttributeError) else None
         if asked:
+            if "GraphModule" in str(failure):
+                return f"the code around it uses {asked[1]} of it, and to be rewritten its module must become a graph"
             return f"the code around it reads {asked[1]} of it, which its forward sets beside what it returns"
         return f"with its blocks in canonical form the whole model does not run: {first_line(failure)}"
     if error <= (TOGETHER_DOUBLE if exact else TOGETHER * half):
