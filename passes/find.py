@@ -175,7 +175,8 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             return
         settled = False
         try:
-            items, settled = _in_module(module, path, Prober(seen.calls[path]), inner)
+            prober = Prober(seen.calls[path], flexible=not isinstance(module, fx.GraphModule))
+            items, settled = _in_module(module, path, prober, inner)
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {first_line(error)}"))]
@@ -252,7 +253,7 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         try:
             with quiet():
                 probes, reason = verify(candidate, item.shaken, prober)
-                if not reason and isinstance(site, GraphSite) and prober.hidden is None:
+                if not reason and isinstance(site, GraphSite) and (prober.hidden is None or not prober.flexible):
                     more, reason = verify_cut(candidate, item.shaken, binding, prober.seen())
                     probes += more
         except CaptureError as error:
@@ -288,7 +289,7 @@ def _common(one: str, other: str) -> str:
 
 def _is_tokenwise(module: nn.Module, prober: Prober) -> bool:
     """Whether a module gives the same outputs when its tokens are reversed; true when that cannot be tried."""
-    inputs = prober.random("order", 2, 9, seed=77)
+    inputs = prober.random("order", 2, 9, seed=77) if prober.flexible else prober.seen()
     if inputs is None or prober.hidden is None or prober.hidden.dim() > 3:
         return True
     ahead, back = (run_double(module, i) for i in (inputs, prober.reversed(inputs)))

@@ -56,7 +56,7 @@ class Prober:
     """Makes inputs for one module after the call that it was seen with."""
 
     call: ModuleCall
-    flexible: bool = True  # whether the module takes other sizes for all that is known
+    flexible: bool = True  # whether the module takes other sizes for all that is known; graphs may hold for some only
 
     @classmethod
     def of(cls, module: nn.Module, inputs: Inputs) -> Prober:
@@ -236,12 +236,20 @@ class Prober:
         if like is None:
             return [*found, *self._shaken(seed), *self._resized()]
         if not self.flexible:
-            found += self._shaken(seed)
+            found += [*self._shaken(seed), self._all_alike(seed)]
         wanted = [("one token", 1, 1), ("7 tokens", 1, 7), ("batch of 3 × 11", 3, 11), ("64 tokens", 2, 32)]
         wanted += [("batch of 9 × 2", 9, 2)]
         found += [p for n, b, t in wanted if (p := self.random(n, b, t, seed + b + t, spread=0.5)) is not None]
         alike = self.alike(seed)
         return found if alike is None else [*found, alike]
+
+    def _all_alike(self, seed: int) -> Inputs:
+        """As many tokens as in the example, all equal."""
+        assert self.hidden is not None
+        last = self._last(self.hidden)
+        values = _normal((last.shape[-1],), torch.Generator().manual_seed(seed))
+        size = float(last.double().square().mean().sqrt()) or 1.0
+        return self._laid("equal tokens, most experts idle", (size * values).expand(last.shape))
 
     def alike(self, seed: int) -> Inputs | None:
         """Many equal tokens, all for the same experts; None where the module takes more than hidden states."""
@@ -252,6 +260,15 @@ class Prober:
         last = self._last(tensor)
         repeat = [MANY if axis == last.dim() - 2 else 1 for axis in range(last.dim())]
         return self._laid(f"{MANY} equal tokens, most experts idle", last.repeat(repeat))
+
+
+def in_proportion(inputs: Inputs, outputs: Sequence[Tensor], other: Inputs, others: Sequence[Tensor]) -> bool:
+    """Whether a module's outputs are as large for its first input as others are for another: one for each token.
+
+    Where they are not, sizes that are written into a graph were stretched over tokens that they are not meant for.
+    """
+    ones, twos = (next((t.numel() for t in given.tensors() if t.dim() > 1), 0) for given in (inputs, other))
+    return all(a.numel() * twos == b.numel() * ones for a, b in zip(outputs, others, strict=True))
 
 
 def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:

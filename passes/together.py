@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from latentize.errors import first_line
 from latentize.moe import LatentMoE
 from latentize.passes.double import in_double
-from latentize.passes.probes import Inputs, Prober
+from latentize.passes.probes import Inputs, Prober, in_proportion
 from latentize.passes.rewrite import replace_at
 from latentize.passes.sites import Site
 from latentize.passes.verify import difference, run_double, run_native
@@ -92,14 +92,23 @@ def _worst(
     one: nn.Module, other: nn.Module, given: list[Inputs], others: list[Inputs], run: Callable[..., list[Tensor]]
 ) -> float:
     """Largest relative difference of two models on given inputs, and on those of `others` that the first one takes."""
-    errors = [difference(run(one, item), run(other, item)) for item in given]
+    seen = [run(one, item) for item in given]
+    errors = [difference(wanted, run(other, item)) for wanted, item in zip(seen, given, strict=True)]
     for item in others:
         try:
             wanted = run(one, item)
         except Exception:  # sizes that this model does not take
             _log.debug("not a size for this model: %s", item.name)
             continue
-        errors.append(difference(wanted, run(other, item)))
+        stretched = isinstance(one, fx.GraphModule) and not in_proportion(item, wanted, given[0], seen[0])
+        try:
+            found = run(other, item)
+        except Exception:
+            if not stretched:
+                raise
+            continue
+        if not stretched or [t.shape for t in wanted] == [t.shape for t in found]:
+            errors.append(difference(wanted, found))
     return max(errors)
 
 
