@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize import passes
-from latentize.compare import block_errors
+from latentize.compare import block_errors, main_output
 from latentize.errors import LatentizeError, first_line
 from latentize.forecast import Forecast
 from latentize.initialise import initialise, token_weights
@@ -167,6 +167,24 @@ def rewrite(
     student = passes.replace_blocks(model, selected, blocks)
     apply(student, changes(model, refits or {}))
     return Rewritten(student, blocks, refits or {})
+
+
+def check_comparable(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model once on the example inputs: what it returns must be something that two models can be compared by.
+
+    Raises:
+        LatentizeError: its output holds no floating-point tensor.
+    """
+    with observing(model):
+        output = Inputs(args, kwargs).call(model)
+    try:
+        main_output(output)
+    except LatentizeError:
+        what = f"a {output.dtype} tensor {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise LatentizeError(
+            f"the model returns {what.replace('torch.', '')}, in which there is no floating-point tensor with an axis: "
+            "the rewritten model could not be healed or compared with it; return hidden states or logits"
+        ) from None
 
 
 def check_rewritten(student: Rewritten, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
