@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,8 @@ def find_lost(
     places = {item.block.name: item.site for item in found if item.site is not None}
     specs = {item.block.name: item.block.spec for item in found if item.block.spec is not None}
     templates = {item.block.name: item.template for item in found if item.template is not None}
-    with ops.plain():
+    with ops.plain(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copying a graph's pytree specs warns of a class of torch's own
         lines = lost_in_training(model, inputs, places)
         counted = Surroundings(model, inputs, places, specs, templates).counting(grows=grows)
     return [*lines, *counted.lines], counted.wrong

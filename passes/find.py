@@ -274,7 +274,14 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         if reason == EMPTY:
             break
     reason = reasons[-1] if reasons else "what lies around the routed path could not be rewritten"
-    return Found(_refused(name, _overflow(item.randomised, prober) or reason))
+    reason = _overflow(item.randomised, prober) or reason
+    return Found(_refused(name, reason + _MASKED if prober.masked and reason != EMPTY else reason))
+
+
+#: What may explain that a block which is given a mask is not what it was read as.
+_MASKED = (
+    "; it is given a mask: what a mask does between a router and its experts is kept only where both are modules"
+)
 
 
 def _join(*paths: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,21 @@ class Prober:
         filled.view(self.GAPPED, -1)[empty] = 0
         return self._laid(name, filled), empty
 
+    @property
+    def masked(self) -> bool:
+        """Whether masks are among the arguments, beside hidden states or ids."""
+        return len(self._given.tensors()) > 1 and any(t.dim() > 0 and _is_mask(t) for t in self._given.tensors())
+
+    def unmasked(self) -> Iterator[Inputs]:
+        """The call with every mask that leaves some tokens out set throughout, and with none of it set."""
+        mixed = [t for t in self._given.tensors() if _is_mask(t) and bool((t == 0).any()) and bool((t != 0).any())]
+        if not mixed or len(mixed) == len(self._given.tensors()):
+            return
+        for name, filled in (("set", torch.ones_like), ("empty", torch.zeros_like)):
+            change = functools.partial(_replaced, old=mixed, new=filled)
+            args, kwargs = pytree.tree_map(change, (self.call.args, self.call.kwargs))
+            yield Inputs(f"example inputs, masks {name}", args, kwargs, optional=True)
+
     def others(self) -> list[Inputs]:
         """Inputs of other lengths that the module may or may not take."""
         found = [self.random("one token", 1, 1, MANY), self.random("batch of 3 × 11", 3, 11, MANY)]
@@ -308,6 +323,10 @@ def _gathered(item: Any, places: dict[int, Tensor], width: int) -> Any:
         if chosen is not None:
             item = item.index_select(axis, chosen.to(item.device))
     return item
+
+
+def _replaced(item: Any, old: Sequence[Tensor], new: Callable[[Tensor], Tensor]) -> Any:
+    return new(item) if any(item is one for one in old) else item
 
 
 def _shake(item: Any, noise: float, factor: float, generator: torch.Generator) -> Any:

@@ -79,6 +79,11 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> Lif
     if not found and idle:
         shaken.shrink(biases, 0.1)  # so that every expert is selected by some token
         found, reasons, _ = _lift(shaken, attempts[-1:], innermost)
+    for inputs in () if found else prober.unmasked():  # a mask may weigh the experts of tokens that it leaves out
+        lifted = _lift(shaken, [inputs], innermost)[0] if _runs(shaken.module, inputs) else []
+        found = [trial for trial in lifted if bool(trial.binding.region.routed_rows().any())]  # not all left out
+        if found:
+            break
     return Lifts(found, [] if found else reasons)
 
 
