@@ -13,7 +13,7 @@ from latentize import artefact, card, conversion, passes, pretrained, refit
 from latentize.apart import apart, write_back
 from latentize.artefact import Origin, SavedBlock
 from latentize.blocks import Block
-from latentize.calibration import batches_of, example_batch
+from latentize.calibration import Taken, batches_of, example_batch
 from latentize.conversion import Prepared, Rewritten, Survey
 from latentize.errors import LatentizeError
 from latentize.heal import HealPlan, HealReport, heal
@@ -110,13 +110,15 @@ def convert(
         args, kwargs: example inputs of its forward.
         recipe: what to do; `Recipe()` when None.
         calibration: an iterable, possibly one-shot, of inputs: tuples (args) or dicts (kwargs). Without it the weights
-            decide alone and nothing is healed.
+            decide alone and nothing is healed. Of a generator no more is taken than there is use for, and a warning
+            says how much.
         inplace: replace the blocks in the model itself. Where healing trains everything, the model's own parameters get
             the trained values in the end, once nothing can fail any more.
 
     Raises:
-        LatentizeError: the recipe does not fit a block, a block is on the meta device, weights are not finite, or the
-            model rejects the calibration data.
+        LatentizeError: the recipe does not fit a block, a block is on the meta device, weights are not finite, the
+            model rejects the calibration data, its output cannot be compared though it is to be healed, or depends on
+            how many experts there are and that is to change.
         ResourceError: out of memory.
     """
     recipe = Recipe() if recipe is None else recipe
@@ -128,8 +130,10 @@ def convert(
     check_finite(model)
     if not survey.selected:
         return unchanged(model, survey, recipe, origin)
+    if calibration is not None and recipe.heal_steps != 0:
+        conversion.check_comparable(model, args, kwargs)
     with conversion.workspace(), buffers_kept(model):
-        batches = batches_of(calibration, model)
+        batches = batches_of(calibration, model, recipe.heal_steps)
         prepared = conversion.prepare(model, survey.selected, recipe, batches)
         started = conversion.begin(prepared, recipe)
         student = conversion.rewrite(model, survey.selected, started.specs, started.refits)
@@ -247,7 +251,7 @@ def finish(
         healing=healing,
         left=survey.left,
         warnings=[
-            *_training(model), *prepared.warnings, *_unhealed(prepared, healing, recipe),
+            *_training(model), *survey.warnings, *prepared.warnings, *_unhealed(prepared, healing, recipe),
             *(f"{name}: {made.describe()}" for name, made in student.refits.items() if not made.kept),
         ],
         rewritten=student.blocks,
@@ -274,7 +278,7 @@ def _training(model: nn.Module) -> list[str]:
 
 
 def _unhealed(prepared: Prepared, healing: HealReport | None, recipe: Recipe) -> list[str]:
-    notes = []
+    notes = [prepared.batches.note] if isinstance(prepared.batches, Taken) else []
     if not prepared.batches and recipe.init == "activation":
         notes.append("no calibration data: the start was computed from the weights alone")
     if healing is not None:

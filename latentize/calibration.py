@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,38 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from latentize.errors import LatentizeError, first_line
-from latentize.inputs import Batch, observing
+from latentize.heal_plan import HealPlan
+from latentize.inputs import Batch, Inputs, observing
 from latentize.sources import as_inputs, check_runs, out_of_memory
 
+_log = logging.getLogger("latentize")
 
-def batches_of(calibration: Iterable[Batch] | None, model: nn.Module) -> Sequence[Batch]:
+#: Tokens, and batches for each step of healing, that are taken of an iterable which does not say how much it holds.
+ENOUGH_TOKENS = 2**19
+ENOUGH_BATCHES = 2.5
+
+
+class Taken(list[Batch]):
+    """The first batches of an iterable that held more; `note` says how many."""
+
+    def __init__(self, batches: Iterable[Batch], tokens: int) -> None:
+        super().__init__(batches)
+        self.note = (
+            f"calibration: the first {len(self):,} batches, {tokens:,} tokens, were taken of an iterable that goes on: "
+            "enough for this recipe (a list is taken whole)"
+        )
+
+
+def batches_of(
+    calibration: Iterable[Batch] | None, model: nn.Module, heal_steps: int | None = None
+) -> Sequence[Batch]:
     """Calibration data as a sequence that can be gone through again; empty when there is none.
 
     Args:
-        calibration: an iterable, possibly one-shot, of tuples (args) or dicts (kwargs); None for none.
+        calibration: an iterable, possibly one-shot, of tuples (args) or dicts (kwargs); None for none. One that does
+            not say how many batches it holds may go on for ever: no more is taken than there is use for.
         model: checked to accept them, as far as they differ.
+        heal_steps: those of the recipe.
 
     Raises:
         LatentizeError: it is not an iterable of batches, is empty, or the model rejects a batch.
@@ -32,7 +55,7 @@ def batches_of(calibration: Iterable[Batch] | None, model: nn.Module) -> Sequenc
             f"calibration: expected an iterable of batches, found one {type(calibration).__name__}; give a list of "
             "tuples (arguments) or dicts (keyword arguments)"
         )
-    batches = calibration if isinstance(calibration, (list, tuple)) else list(_produced(calibration))
+    batches = calibration if isinstance(calibration, (list, tuple)) else _taken(calibration, heal_steps)
     if not batches:
         raise LatentizeError(
             "calibration: it holds no batch; give at least one, or none at all to use the weights alone"
@@ -75,6 +98,39 @@ class _Tried:
         self._shapes.add(key)
         self._low, self._high = min(low, self._low), max(high, self._high)
         return True
+
+
+def _taken(calibration: Iterable[Batch], heal_steps: int | None) -> list[Batch]:
+    """All batches of an iterable, or the first ones where there is no end in sight and they are enough."""
+    if _says_its_length(calibration):
+        return list(_produced(calibration))
+    wanted = ENOUGH_BATCHES * HealPlan.chosen(heal_steps).model_steps
+    batches: list[Batch] = []
+    tokens = 0
+    for batch in _produced(calibration):
+        if len(batches) >= wanted and tokens >= ENOUGH_TOKENS:
+            taken = Taken(batches, tokens)
+            _log.info(taken.note)
+            return taken
+        batches.append(batch)
+        tokens += _tokens(batch)
+    return batches
+
+
+def _says_its_length(calibration: Iterable[Batch]) -> bool:
+    try:
+        return len(calibration) >= 0  # type: ignore[arg-type]
+    except TypeError:
+        return False
+
+
+def _tokens(batch: Batch) -> int:
+    """Tokens of a batch; 1 where no axis of them is seen, so that any number of batches comes to an end."""
+    leading = Inputs.of(batch).leading() if isinstance(batch, (tuple, list, Mapping)) else None
+    if leading is None:
+        return 1
+    shape = leading.shape[:-1] if leading.is_floating_point() else leading.shape
+    return max(1, shape.numel())
 
 
 def _produced(calibration: Iterable[Batch]) -> Iterator[Batch]:

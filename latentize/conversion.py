@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize import passes
-from latentize.compare import block_errors
+from latentize.compare import block_errors, main_output
 from latentize.errors import LatentizeError, first_line
 from latentize.forecast import Forecast
 from latentize.initialise import initialise, token_weights
@@ -47,11 +47,15 @@ STAGES = 8
 
 @dataclass(frozen=True)
 class Survey:
-    """What a model holds: every place that looks like an MoE, those to rewrite, and why other MoEs are left alone."""
+    """What a model holds: every place that looks like an MoE, those to rewrite, and why other MoEs are left alone.
+
+    `warnings` is what the rewritten model will not do any more, beside computing.
+    """
 
     found: tuple[Found, ...]
     selected: tuple[Found, ...]
     left: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
 
     @property
     def selected_specs(self) -> dict[str, MoESpec]:
@@ -82,7 +86,8 @@ def survey(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
     """Find every block, and select the proved ones that the recipe's patterns name.
 
     Raises:
-        LatentizeError: a selected block could not be proved because its weights are not there.
+        LatentizeError: a selected block could not be proved because its weights are not there, or the model's own
+            output depends on how many experts there are, and that is to change.
     """
     found = find(model, args, kwargs)
     selected, left = [], {}
@@ -101,7 +106,35 @@ def survey(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
             )
         else:
             selected.append(item)
-    return Survey(tuple(found), tuple(selected), left)
+    return Survey(tuple(found), tuple(selected), left, _lost(model, args, kwargs, selected, recipe))
+
+
+def _lost(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], selected: Sequence[Found], recipe: Recipe
+) -> tuple[str, ...]:
+    """What the code in and around the selected blocks does that it will not do any more, or not in the same sense.
+
+    Raises:
+        LatentizeError: the model's output depends on how many experts there are, and that is to change.
+    """
+    if not selected:
+        return ()
+    with workspace(), observing(model):
+        lines, wrong = passes.find_lost(model, args, kwargs, selected, grows=_grows(selected, recipe))
+    if wrong:
+        raise LatentizeError(
+            f"{wrong} depends on how many experts there are, by code around the blocks, and the recipe changes that: "
+            "try variant: fixed, or exclude the blocks"
+        )
+    return tuple(lines)
+
+
+def _grows(selected: Sequence[Found], recipe: Recipe) -> bool:
+    """Whether some block will have more experts, or select more."""
+    if recipe.auto:
+        given = recipe.experts_factor or 1, recipe.topk_factor or 1
+        return recipe.variant != "fixed" or given != (1, 1)
+    return any(recipe.factors_for(spec_of(item).hidden_size) != (1, 1) for item in selected)
 
 
 def find(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Found]:
@@ -134,6 +167,24 @@ def rewrite(
     student = passes.replace_blocks(model, selected, blocks)
     apply(student, changes(model, refits or {}))
     return Rewritten(student, blocks, refits or {})
+
+
+def check_comparable(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model once on the example inputs: what it returns must be something that two models can be compared by.
+
+    Raises:
+        LatentizeError: its output holds no floating-point tensor.
+    """
+    with observing(model):
+        output = Inputs(args, kwargs).call(model)
+    try:
+        main_output(output)
+    except LatentizeError:
+        what = f"a {output.dtype} tensor {list(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise LatentizeError(
+            f"the model returns {what.replace('torch.', '')}, in which there is no floating-point tensor with an axis: "
+            "the rewritten model could not be healed or compared with it; return hidden states or logits"
+        ) from None
 
 
 def check_rewritten(student: Rewritten, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -207,13 +207,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        LatentizeError: the file is missing, is not YAML, or does not hold a mapping.
+        LatentizeError: the file is missing, is not YAML, gives a field twice, or does not hold a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), Loader=_UniqueKeys)  # noqa: S506  a SafeLoader
     except OSError as error:
         message = f"recipe {path}: cannot be read ({error.strerror}); give the path of a YAML file"
         raise LatentizeError(message) from None
+    except _GivenTwiceError as error:
+        raise LatentizeError(f"recipe {path}: {error}") from None
     except yaml.YAMLError as error:
         raise LatentizeError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if values is None:
@@ -221,6 +223,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise LatentizeError(f"recipe {path}: expected lines of `field: value`, found {type(values).__name__}")
     return values
+
+
+class _GivenTwiceError(Exception):
+    """A mapping has two values for one key."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses mappings that give a key twice, of which YAML's own loader takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = key.value, key.start_mark.line + 1
+            if not isinstance(name, str) or name == "<<":
+                continue
+            if name in lines:
+                raise _GivenTwiceError(f"{name!r} is given twice, on lines {lines[name]} and {line}; keep one of them")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 #: Fields of a recipe that have fields themselves.

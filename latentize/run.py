@@ -116,10 +116,11 @@ def convert(options: Options) -> None:
         survey = conversion.survey(source.model, source.args, source.kwargs, options.recipe)
     terminal.print_blocks(console, [found.block for found in survey.found], survey.left)
     _require_blocks(options, survey)
+    conversion.check_comparable(source.model, source.args, source.kwargs)
     batches: Sequence[Batch] = ()
     if source.calibration is not None:
         with steps.step("data"):
-            batches = batches_of(source.calibration(), source.model)
+            batches = batches_of(source.calibration(), source.model, options.recipe.heal_steps)
     job = Job(options, source, survey, batches, origin, steps, console, list(source.notes))
     with conversion.workspace():
         if options.dry_run:

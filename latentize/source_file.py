@@ -38,13 +38,25 @@ def open_file(path: Path, factory: str = "", *, origin: Path | None = None) -> S
         raise LatentizeError(
             f"{path.name}: {build.__name__}() returned {type(model).__name__}; return a torch.nn.Module"
         )
+    plain = _uncompiled(model)
     args, kwargs = _example_inputs(module, path)
-    source = Source("file", path, model, args, kwargs, factory or FACTORY)
+    source = Source("file", path, plain, args, kwargs, factory or FACTORY)
+    if plain is not model:
+        source.notes.append(f"{build.__name__}() returned a compiled model: the module that it was made from was taken")
     if callable(getattr(module, "calibration_data", None)):
         source.calibration = _guarded_iterable(module.calibration_data, path)
     if callable(getattr(module, "evaluate", None)):
         source.evaluate = _guarded_evaluate(module.evaluate, path)
     return source
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The module behind one that torch.compile returned; any other itself."""
+    compiled = sys.modules.get("torch._dynamo.eval_frame")  # not there unless something was compiled
+    inner = getattr(model, "_orig_mod", None)
+    if compiled is not None and isinstance(model, compiled.OptimizedModule) and isinstance(inner, nn.Module):
+        return inner
+    return model
 
 
 def run_file(path: Path, origin: Path | None = None) -> ModuleType:

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
+from latentize import ops
 from latentize.moe import LatentMoE
 from latentize.passes import hf_config, sites
+from latentize.passes.counting import Surroundings
 from latentize.passes.find import Found, find_blocks
+from latentize.passes.in_training import lost_in_training
 from latentize.passes.latentize_pass import LatentizePass
+from latentize.passes.probes import Inputs
 from latentize.passes.rewrite import replace_at
 
-__all__ = ["Found", "LatentizePass", "find_blocks", "replace_blocks", "replace_blocks_from_sites", "site_to_json"]
+__all__ = [
+    "Found",
+    "LatentizePass",
+    "find_blocks",
+    "find_lost",
+    "replace_blocks",
+    "replace_blocks_from_sites",
+    "site_to_json",
+]
 
 
 def replace_blocks(
@@ -30,6 +43,31 @@ def replace_blocks(
     places = {item.block.name: item.site for item in found if item.site is not None}
     templates = {item.block.name: item.template for item in found if item.template is not None}
     return _replace(model, places, modules, templates, inplace=inplace)
+
+
+def find_lost(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], found: Sequence[Found], *, grows: bool
+) -> tuple[list[str], str]:
+    """What the code in and around blocks does that it will not do, or not in the same sense, once they are replaced.
+
+    Args:
+        model: the model that `found` was found in, in evaluation mode; its buffers are the caller's to keep.
+        args, kwargs: example inputs of its forward.
+        found: the blocks that will be replaced.
+        grows: whether one of them will have more experts, or select more.
+
+    Returns:
+        A line for each loss, and the model's output that would be another function; "" where none would.
+    """
+    inputs = Inputs("example inputs", args, dict(kwargs))
+    places = {item.block.name: item.site for item in found if item.site is not None}
+    specs = {item.block.name: item.block.spec for item in found if item.block.spec is not None}
+    templates = {item.block.name: item.template for item in found if item.template is not None}
+    with ops.plain(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # copying a graph's pytree specs warns of a class of torch's own
+        lines = lost_in_training(model, inputs, places)
+        counted = Surroundings(model, inputs, places, specs, templates).counting(grows=grows)
+    return [*lines, *counted.lines], counted.wrong
 
 
 def site_to_json(found: Found) -> dict[str, Any]:

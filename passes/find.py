@@ -82,6 +82,7 @@ def find_blocks(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[st
             for item in _mixtures(seen, holder, inner):
                 found.setdefault(item.block.name, []).append(item)
         kept = [item for name, items in found.items() for item in _best(name, items)]
+        kept = [item for item in kept if not any(_is_around(item, other) for other in kept)]
         return _hold_together(model, Inputs("", args, dict(kwargs)), kept)
 
 
@@ -147,6 +148,17 @@ def _same(one: Found, other: Found) -> bool:
     return one.site == other.site and (a is None or b is None or torch.equal(a.router.weight, b.router.weight))
 
 
+def _is_around(item: Found, other: Found) -> bool:
+    """Whether a block was found in a module around another, because code there uses the other's router again."""
+    if item.site is None or other.site is None or item.site.path is None or other.site.path is None:
+        return False
+    outer, inner, a, b = item.site.path, other.site.path, item.block.spec, other.block.spec
+    if a is None or b is None or outer == inner or not f"{inner}.".startswith(f"{outer}." if outer else ""):
+        return False
+    one, two = a.router.weight, b.router.weight
+    return torch.equal(one, two) and (one.data_ptr() == two.data_ptr() or bool(one.any()))  # routers may all be zero
+
+
 def _refused(name: str, reason: str) -> Block:
     return Block(name, "refused", reason)
 
@@ -163,7 +175,8 @@ def _in_chain(seen: Scan, chain: tuple[str, ...], done: set[tuple[object, ...]])
             return
         settled = False
         try:
-            items, settled = _in_module(module, path, Prober(seen.calls[path]), inner)
+            prober = Prober(seen.calls[path], flexible=not isinstance(module, fx.GraphModule))
+            items, settled = _in_module(module, path, prober, inner)
         except Exception as error:  # one module that cannot be run or read must not hide the others
             _log.debug("analysing %r failed", path, exc_info=True)
             items = [Found(_refused(path or ".", f"it could not be analysed: {first_line(error)}"))]
@@ -240,7 +253,7 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         try:
             with quiet():
                 probes, reason = verify(candidate, item.shaken, prober)
-                if not reason and isinstance(site, GraphSite) and prober.hidden is None:
+                if not reason and isinstance(site, GraphSite) and (prober.hidden is None or not prober.flexible):
                     more, reason = verify_cut(candidate, item.shaken, binding, prober.seen())
                     probes += more
         except CaptureError as error:
@@ -261,7 +274,14 @@ def _prove(module: nn.Module, path: str, prober: Prober, item: Trial) -> Found:
         if reason == EMPTY:
             break
     reason = reasons[-1] if reasons else "what lies around the routed path could not be rewritten"
-    return Found(_refused(name, _overflow(item.randomised, prober) or reason))
+    reason = _overflow(item.randomised, prober) or reason
+    return Found(_refused(name, reason + _MASKED if prober.masked and reason != EMPTY else reason))
+
+
+#: What may explain that a block which is given a mask is not what it was read as.
+_MASKED = (
+    "; it is given a mask: what a mask does between a router and its experts is kept only where both are modules"
+)
 
 
 def _join(*paths: str) -> str:
@@ -276,7 +296,7 @@ def _common(one: str, other: str) -> str:
 
 def _is_tokenwise(module: nn.Module, prober: Prober) -> bool:
     """Whether a module gives the same outputs when its tokens are reversed; true when that cannot be tried."""
-    inputs = prober.random("order", 2, 9, seed=77)
+    inputs = prober.random("order", 2, 9, seed=77) if prober.flexible else prober.seen()
     if inputs is None or prober.hidden is None or prober.hidden.dim() > 3:
         return True
     ahead, back = (run_double(module, i) for i in (inputs, prober.reversed(inputs)))

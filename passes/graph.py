@@ -25,6 +25,8 @@ RESHAPES = frozenset(
 )  # fmt: skip
 #: Calls that turn axes, which keeps the order when the turned axes have length 1.
 TURNS = frozenset({"permute", "transpose", "t", "movedim", "expand"})
+#: Calls that put numbers around a tensor, which keeps its own as they are when they put none there.
+_PADS = frozenset({"constant_pad_nd", "pad"})
 #: Calls that take a part of a tensor or put parts together: the same numbers where there is but one part.
 _PARTS = frozenset({"select", "unbind", "slice", "split", "split_with_sizes", "chunk", "stack", "cat"})
 #: Calls that add their source operand onto their first operand at some positions.
@@ -93,10 +95,10 @@ def cuts(flow: set[Value], beyond: set[Value]) -> list[Value]:
 
 def base(value: Value) -> Value:
     """The value that `value` is a reshape or copy of."""
-    while value.call is not None and value.call.name in RESHAPES | TURNS | _PARTS:
+    while value.call is not None and value.call.name in RESHAPES | TURNS | _PARTS | _PADS:
         source = value.call.inputs[0]
         if source.tensor.numel() != value.tensor.numel() or (
-            value.call.name in TURNS and not _same_order(source, value)
+            value.call.name in TURNS | _PADS and not _same_order(source, value)
         ):
             break
         value = source

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from latentize.inputs import buffers_kept
 from latentize.passes import graph
 from latentize.passes.capture import Frame, Recording, Value
+from latentize.passes.double import in_fp64
 from latentize.passes.fixed import fixed_arguments
 from latentize.passes.lift import Binding
 from latentize.passes.sites import Argument, ExpertsCall, Output, PartsSite, RouterCall, Structure, WholeSite
@@ -86,6 +88,7 @@ def whole_site(path: str, binding: Binding, state: dict[str, Tensor]) -> WholeSi
     structure = _structure(recording.output_tree, known, _value(root, hidden))
     if structure is None or "routed" not in _items(structure):
         return None
+    structure = _of_sequences(structure, root, hidden)
     routers = (router_call(n, f, known, binding) for n, f in _frames(recording))
     router = next((r for r in routers if r is not None and not r.prefix), None)
     return WholeSite(path, hidden, structure, router, fixed_arguments(root))
@@ -140,7 +143,31 @@ def router_call(number: int, frame: Frame, known: _Known, binding: Binding) -> R
     structure = _structure(frame.output, known, tensors[0])
     if structure is None or not {"weights", "indices", "logits"} & _items(structure):
         return None
-    return RouterCall(frame.path, hidden, structure, prefix, fixed_arguments(frame))
+    return RouterCall(frame.path, hidden, _of_sequences(structure, frame, hidden), prefix, fixed_arguments(frame))
+
+
+def _of_sequences(structure: Structure, frame: Frame, hidden: Argument) -> Structure:
+    """The structure with outputs shaped like the hidden states where the module, called with tokens [T, d], would shape
+    them like sequences [1, T, d]: other code may call it with those.
+    """
+    given = _value(frame, hidden).tensor
+    if given.dim() != 2:
+        return structure
+    args, kwargs = pytree.tree_map(lambda a: a.unsqueeze(0) if a is given else a, (frame.args, frame.kwargs))
+    try:
+        with torch.no_grad(), buffers_kept(frame.module), in_fp64():
+            output = frame.module(*args, **kwargs)
+    except Exception:  # it takes tokens only
+        return structure
+    values = [output] if isinstance(output, Tensor) else list(output.values() if isinstance(output, dict) else output)
+    if len(values) != len(structure.items):
+        return structure
+    items = tuple(
+        replace(item, like_hidden=value.dim() == 3 and value.shape[:2] == (1, len(given)))
+        if isinstance(item, Output) and isinstance(value, Tensor) else item
+        for item, value in zip(structure.items, values, strict=True)
+    )  # fmt: skip
+    return replace(structure, items=items)
 
 
 def _items(structure: Structure) -> set[str]:

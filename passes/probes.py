@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,7 @@ class Prober:
     """Makes inputs for one module after the call that it was seen with."""
 
     call: ModuleCall
-    flexible: bool = True  # whether the module takes other sizes for all that is known
+    flexible: bool = True  # whether the module takes other sizes for all that is known; graphs may hold for some only
 
     @classmethod
     def of(cls, module: nn.Module, inputs: Inputs) -> Prober:
@@ -192,6 +192,21 @@ class Prober:
         filled.view(self.GAPPED, -1)[empty] = 0
         return self._laid(name, filled), empty
 
+    @property
+    def masked(self) -> bool:
+        """Whether masks are among the arguments, beside hidden states or ids."""
+        return len(self._given.tensors()) > 1 and any(t.dim() > 0 and _is_mask(t) for t in self._given.tensors())
+
+    def unmasked(self) -> Iterator[Inputs]:
+        """The call with every mask that leaves some tokens out set throughout, and with none of it set."""
+        mixed = [t for t in self._given.tensors() if _is_mask(t) and bool((t == 0).any()) and bool((t != 0).any())]
+        if not mixed or len(mixed) == len(self._given.tensors()):
+            return
+        for name, filled in (("set", torch.ones_like), ("empty", torch.zeros_like)):
+            change = functools.partial(_replaced, old=mixed, new=filled)
+            args, kwargs = pytree.tree_map(change, (self.call.args, self.call.kwargs))
+            yield Inputs(f"example inputs, masks {name}", args, kwargs, optional=True)
+
     def others(self) -> list[Inputs]:
         """Inputs of other lengths that the module may or may not take."""
         found = [self.random("one token", 1, 1, MANY), self.random("batch of 3 × 11", 3, 11, MANY)]
@@ -236,12 +251,20 @@ class Prober:
         if like is None:
             return [*found, *self._shaken(seed), *self._resized()]
         if not self.flexible:
-            found += self._shaken(seed)
+            found += [*self._shaken(seed), self._all_alike(seed)]
         wanted = [("one token", 1, 1), ("7 tokens", 1, 7), ("batch of 3 × 11", 3, 11), ("64 tokens", 2, 32)]
         wanted += [("batch of 9 × 2", 9, 2)]
         found += [p for n, b, t in wanted if (p := self.random(n, b, t, seed + b + t, spread=0.5)) is not None]
         alike = self.alike(seed)
         return found if alike is None else [*found, alike]
+
+    def _all_alike(self, seed: int) -> Inputs:
+        """As many tokens as in the example, all equal."""
+        assert self.hidden is not None
+        last = self._last(self.hidden)
+        values = _normal((last.shape[-1],), torch.Generator().manual_seed(seed))
+        size = float(last.double().square().mean().sqrt()) or 1.0
+        return self._laid("equal tokens, most experts idle", (size * values).expand(last.shape))
 
     def alike(self, seed: int) -> Inputs | None:
         """Many equal tokens, all for the same experts; None where the module takes more than hidden states."""
@@ -252,6 +275,15 @@ class Prober:
         last = self._last(tensor)
         repeat = [MANY if axis == last.dim() - 2 else 1 for axis in range(last.dim())]
         return self._laid(f"{MANY} equal tokens, most experts idle", last.repeat(repeat))
+
+
+def in_proportion(inputs: Inputs, outputs: Sequence[Tensor], other: Inputs, others: Sequence[Tensor]) -> bool:
+    """Whether a module's outputs are as large for its first input as others are for another: one for each token.
+
+    Where they are not, sizes that are written into a graph were stretched over tokens that they are not meant for.
+    """
+    ones, twos = (next((t.numel() for t in given.tensors() if t.dim() > 1), 0) for given in (inputs, other))
+    return all(a.numel() * twos == b.numel() * ones for a, b in zip(outputs, others, strict=True))
 
 
 def _shape(like: Tensor, batch: int, tokens: int) -> tuple[int, ...]:
@@ -291,6 +323,10 @@ def _gathered(item: Any, places: dict[int, Tensor], width: int) -> Any:
         if chosen is not None:
             item = item.index_select(axis, chosen.to(item.device))
     return item
+
+
+def _replaced(item: Any, old: Sequence[Tensor], new: Callable[[Tensor], Tensor]) -> Any:
+    return new(item) if any(item is one for one in old) else item
 
 
 def _shake(item: Any, noise: float, factor: float, generator: torch.Generator) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from latentize.errors import first_line
 from latentize.moe import LatentMoE
 from latentize.passes.double import in_double
-from latentize.passes.probes import Inputs, Prober
+from latentize.passes.probes import Inputs, Prober, in_proportion
 from latentize.passes.rewrite import replace_at
 from latentize.passes.sites import Site
 from latentize.passes.verify import difference, run_double, run_native
@@ -23,7 +23,7 @@ from latentize.spec import MoESpec
 _log = logging.getLogger(__name__)
 
 #: What is said when an attribute is missing of a module that stands for a block.
-_ASKED = re.compile(r"'(?:LatentBlock|RoutedExperts)' object has no attribute ('\w+')")
+_ASKED = re.compile(r"'(?:LatentBlock|RoutedExperts|GraphModule)' object has no attribute ('\w+')")
 #: Relative error of a whole model's outputs; rounding and ties may have grown through its layers.
 TOGETHER = 2e-2
 #: The same in fp64, where nothing but the rounding of weights that are computed from others grows.
@@ -69,6 +69,8 @@ def disagreement(
         _log.debug("running the model in canonical form failed", exc_info=True)
         asked = _ASKED.search(str(failure)) if isinstance(failure, AttributeError) else None
         if asked:
+            if "GraphModule" in str(failure):
+                return f"the code around it uses {asked[1]} of it, and to be rewritten its module must become a graph"
             return f"the code around it reads {asked[1]} of it, which its forward sets beside what it returns"
         return f"with its blocks in canonical form the whole model does not run: {first_line(failure)}"
     if error <= (TOGETHER_DOUBLE if exact else TOGETHER * half):
@@ -90,14 +92,23 @@ def _worst(
     one: nn.Module, other: nn.Module, given: list[Inputs], others: list[Inputs], run: Callable[..., list[Tensor]]
 ) -> float:
     """Largest relative difference of two models on given inputs, and on those of `others` that the first one takes."""
-    errors = [difference(run(one, item), run(other, item)) for item in given]
+    seen = [run(one, item) for item in given]
+    errors = [difference(wanted, run(other, item)) for wanted, item in zip(seen, given, strict=True)]
     for item in others:
         try:
             wanted = run(one, item)
         except Exception:  # sizes that this model does not take
             _log.debug("not a size for this model: %s", item.name)
             continue
-        errors.append(difference(wanted, run(other, item)))
+        stretched = isinstance(one, fx.GraphModule) and not in_proportion(item, wanted, given[0], seen[0])
+        try:
+            found = run(other, item)
+        except Exception:
+            if not stretched:
+                raise
+            continue
+        if not stretched or [t.shape for t in wanted] == [t.shape for t in found]:
+            errors.append(difference(wanted, found))
     return max(errors)
 
 

@@ -79,6 +79,11 @@ def lift_module(module: nn.Module, prober: Prober, innermost: str | None) -> Lif
     if not found and idle:
         shaken.shrink(biases, 0.1)  # so that every expert is selected by some token
         found, reasons, _ = _lift(shaken, attempts[-1:], innermost)
+    for inputs in () if found else prober.unmasked():  # a mask may weigh the experts of tokens that it leaves out
+        lifted = _lift(shaken, [inputs], innermost)[0] if _runs(shaken.module, inputs) else []
+        found = [trial for trial in lifted if bool(trial.binding.region.routed_rows().any())]  # not all left out
+        if found:
+            break
     return Lifts(found, [] if found else reasons)
 
 
@@ -196,7 +201,7 @@ def _record(module: nn.Module, inputs: Inputs) -> Recording:
 def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]:
     """Inputs to lift on: a few tokens first, then enough for every expert to be selected."""
     few = prober.random("lift", 2, TOKENS // 2, SEED, spread=1.0)
-    if few is None:
+    if few is None or (few.optional and not _runs(module, few)):
         yield prober.seen()
         if has_idle_experts(head):
             yield from (i for i in prober.longer(6 * head.num_experts) if _runs(module, i))
@@ -204,11 +209,10 @@ def _attempts(prober: Prober, head: Head, module: nn.Module) -> Iterator[Inputs]
     yield few
     weight = head.weight.tensor(head.recording, dict(named_state(module))).detach().double()
     directed = prober.directed("lift", weight, SEED)
-    if directed is not None:
-        yield directed
     many = prober.random("lift", 2, min(2048, 6 * head.num_experts), SEED, spread=1.0)
-    if many is not None:
-        yield many
+    for inputs in (directed, many):
+        if inputs is not None and (not inputs.optional or _runs(module, inputs)):
+            yield inputs
 
 
 def _runs(module: nn.Module, inputs: Inputs) -> bool:

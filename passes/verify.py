@@ -6,6 +6,7 @@ are and doubled, and in the model's own dtype against the original's own roundin
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from latentize.blocks import Probe
 from latentize.errors import first_line
 from latentize.moe import LatentMoE, Router
 from latentize.passes.double import dtype_of, in_fp64, in_own_dtype
-from latentize.passes.probes import Inputs, Prober
+from latentize.passes.probes import Inputs, Prober, in_proportion
 from latentize.passes.rewrite import replace_at
 from latentize.passes.shaken import Shaken
 from latentize.passes.siblings import multiplied
@@ -58,8 +59,9 @@ def verify(candidate: Candidate, shaken: Shaken, prober: Prober) -> tuple[tuple[
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         with shaken.trained() as truth:
-            inputs = [i for i in prober.proofs(SEED) if not i.optional or _takes(truth, i)]
-            extremes = [i for i in prober.extremes(SEED) if not i.optional or _takes(truth, i)]
+            takes = _Takes(candidate, truth, prober)
+            inputs = [i for i in prober.proofs(SEED) if not i.optional or takes(i)]
+            extremes = [i for i in prober.extremes(SEED) if not i.optional or takes(i)]
             cases, known = itertools.tee(_in_double(truth, inputs, extremes))
             found, reason = _compare(candidate, truth, cases, "", 1)
         probes = list(found)
@@ -100,13 +102,29 @@ def _in_own_dtype(module: nn.Module, known: Iterable[_Case]) -> Iterator[_Case]:
         yield inputs, expected, _run(module, inputs, None)
 
 
-def _takes(module: nn.Module, inputs: Inputs) -> bool:
-    """Whether a module runs on some inputs."""
-    try:
-        _run(module, inputs, torch.float64)
-    except Exception:  # sizes or values that it does not take
-        return False
-    return True
+class _Takes:
+    """Whether a module runs on some inputs, with as much output for each token as in its example."""
+
+    def __init__(self, candidate: Candidate, module: nn.Module, prober: Prober) -> None:
+        self.outputs, self.module, self.seen = candidate.outputs, module, prober.seen()
+        self.graph = isinstance(candidate.module, fx.GraphModule)
+
+    def __call__(self, inputs: Inputs) -> bool:
+        """Whether it does."""
+        try:
+            found = _run(self.module, inputs, torch.float64)
+        except Exception:  # sizes or values that it does not take
+            return False
+        if not self.graph:
+            return True
+        return in_proportion(inputs, self._main(found), self.seen, self._main(self._example))
+
+    @functools.cached_property
+    def _example(self) -> list[Tensor]:
+        return _run(self.module, self.seen, torch.float64)
+
+    def _main(self, outputs: list[Tensor]) -> list[Tensor]:
+        return [outputs[position] for position in self.outputs]
 
 
 def _compare(
@@ -175,7 +193,7 @@ def _skips_empty_tokens(candidate: Candidate, subject: nn.Module, prober: Prober
     inputs, empty = given
     try:
         wanted = _run(subject, inputs, torch.float64)
-    except (RuntimeError, IndexError, ValueError):  # the original does not take them either
+    except (RuntimeError, IndexError, ValueError, AssertionError):  # the original does not take them either
         return ""
     try:
         found = _run(rewritten, inputs, torch.float64)

@@ -327,6 +327,50 @@ def test_calibration_that_does_not_fit_is_one_line(calibration, words):
         latentize.convert(net(1), args=(example(),), recipe=latentize.Recipe(latent_dim=8), calibration=calibration)
 
 
+def endless():
+    seed = 0
+    while True:
+        yield (example(2048, seed),)
+        seed += 1
+
+
+def test_of_a_generator_that_never_ends_enough_is_taken_and_that_is_said():
+    result = latentize.convert(
+        net(1), args=(example(),), recipe=latentize.Recipe(latent_dim=8, heal_steps=0), calibration=endless()
+    )
+    assert "calibration: the first 256 batches, 524,288 tokens, were taken of an iterable that goes on" in "\n".join(
+        result.warnings
+    )
+    taken = batches_of(((example(2048, seed),) for seed in range(300)), net(1), heal_steps=110)
+    assert len(taken) == 275  # more steps take more batches
+
+
+def test_what_ends_or_says_its_length_is_taken_whole():
+    ending = batches_of(((example(2048, seed),) for seed in range(256)), net(1), heal_steps=0)
+    assert type(ending) is list
+    assert len(ending) == 256
+    rows = example(2048)
+    listed = batches_of([(rows,)] * 300, net(1), heal_steps=0)
+    assert len(listed) == 300
+
+
+class Uncomparable(Net):
+    """Its output is a word, and says so before anything long begins."""
+
+    def forward(self, x):
+        super().forward(x)
+        return "done"
+
+
+def test_an_output_that_cannot_be_compared_is_named_before_the_work_begins(monkeypatch):
+    model = Uncomparable(1).eval()
+    recipe = latentize.Recipe(latent_dim=8, heal_steps=0)
+    assert latentize.convert(model, args=(example(),), recipe=recipe).rewritten
+    monkeypatch.setattr("latentize.api.batches_of", None)  # not reached
+    with pytest.raises(LatentizeError, match="the model returns str, in which there is no floating-point tensor"):
+        latentize.convert(model, args=(example(),), recipe=latentize.Recipe(latent_dim=8), calibration=data())
+
+
 def test_a_latent_size_beyond_the_width_names_the_block():
     with pytest.raises(LatentizeError, match=r"blocks\.0: latent size 17"):
         latentize.convert(net(1), args=(example(),), recipe=latentize.Recipe(latent_dim=WIDTH + 1))

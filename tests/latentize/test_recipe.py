@@ -66,3 +66,20 @@ def test_what_is_refitted_is_not_trained_too():
     with pytest.raises(LatentizeError, match="heal_train: all trains the shared experts too"):
         Recipe(refit_shared=True, heal_train="all")
     assert Recipe(refit_shared=True, heal_train="all", heal_steps=0).refit_shared
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 2\ncompression: 2\nseed: 4\n", "'seed' is given twice, on lines 1 and 3; keep one of them"),
+        (
+            "compression: auto\nbudget:\n  bytes: 0.5\n  bytes: 0.4\n",
+            "'bytes' is given twice, on lines 3 and 4; keep one of them",
+        ),
+    ],
+)
+def test_a_field_that_is_given_twice_is_named_with_its_lines(tmp_path, text, words):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(LatentizeError) as caught:
+        Recipe.from_yaml(tmp_path / "r.yaml")
+    assert str(caught.value) == f"recipe {tmp_path / 'r.yaml'}: {words}"

@@ -97,6 +97,15 @@ def test_a_model_in_training_mode_is_switched_and_that_is_said(tmp_path):
     assert "training mode" in source.notes[0]
 
 
+def test_a_compiled_model_is_opened_as_what_it_was_made_from(tmp_path):
+    text = GOOD.replace("return Net().eval()", "return torch.compile(Net().eval())")
+    source = open_model(str(write(tmp_path, text)))
+    assert type(source.model).__name__ == "Net"
+    assert not any(name.startswith("_orig_mod") for name in source.model.state_dict())
+    assert source.notes == ["build_model() returned a compiled model: the module that it was made from was taken"]
+    assert open_model(str(write(tmp_path, GOOD))).notes == []
+
+
 def test_dataclasses_and_neighbouring_modules_work_in_model_py(tmp_path):
     write(tmp_path, "WIDTH = 4\n", "neighbour_of_model.py")
     text = (

@@ -216,3 +216,71 @@ def test_a_converted_model_prints_and_pickles() -> None:
     for again in (torch.load(kept, weights_only=False), pickled, copy.deepcopy(converted)):
         assert torch.equal(again(x), converted(x))
         assert type(again.moe.router) is type(converted.moe.router)
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(N, D) * 0.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, chosen = F.linear(x, self.weight).softmax(-1).topk(K, -1)
+        return weights / weights.sum(-1, keepdim=True), chosen
+
+
+class Experts(Moe):
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e in range(N):
+            row, slot = torch.where(chosen == e)
+            h = F.silu(x[row] @ self.gate[e].T) * (x[row] @ self.up[e].T)
+            out.index_add_(0, row, (h @ self.down[e].T) * weights[row, slot, None])
+        return out
+
+
+class BetweenModules(nn.Module):
+    """The mask weighs the experts between two modules, where it stays."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = Router(), Experts()
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        flat = x.reshape(-1, D)
+        weights, chosen = self.router(flat)
+        return self.experts(flat, weights * self.kept(given).to(weights.dtype), chosen).view(x.shape)
+
+    def kept(self, given: Tensor) -> Tensor:
+        return given.reshape(-1, 1) != 0
+
+
+class LeftOut(BetweenModules):
+    """Its mask says which tokens are left out."""
+
+    def kept(self, given: Tensor) -> Tensor:
+        return given.reshape(-1, 1) == 0
+
+
+@pytest.mark.parametrize("case", [BetweenModules, LeftOut])
+@pytest.mark.parametrize(
+    "seen", [mask(2, 6), mask(2, 6).long(), torch.ones(2, 6, dtype=torch.int64), torch.zeros(2, 6, dtype=torch.bool)]
+)
+def test_a_mask_between_router_and_experts_is_kept(case: type[nn.Module], seen: Tensor) -> None:
+    model = Net(case).eval()
+    (block,) = latentize.inspect(model, args=(hidden(2, 6), seen))
+    nothing = bool((LeftOut.kept(None, seen) if case is LeftOut else BetweenModules.kept(None, seen)).any()) is False
+    assert block.status == ("refused" if nothing else "moe"), block.reason
+    converted = latentize.convert(model, args=(hidden(2, 6), seen), recipe=EXACT).model
+    x = hidden(3, 7, seed=1)
+    for later in (mask(3, 7), ~mask(3, 7), torch.ones(3, 7, dtype=torch.bool)):
+        with torch.no_grad():
+            torch.testing.assert_close(converted(x, later), model(x, later), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_inside_the_routed_path_is_named() -> None:
+    for seen in (mask(2, 6).long(), torch.ones(2, 6, dtype=torch.int64)):
+        (block,) = latentize.inspect(Net(OnWeights).eval(), args=(hidden(2, 6), seen))
+        assert block.status == "refused"
+        assert block.reason.endswith(
+            "it is given a mask: what a mask does between a router and its experts is kept only where both are modules"
+        )
