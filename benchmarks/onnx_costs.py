@@ -22,7 +22,7 @@ import torch
 from measured import keep, table
 
 from latentize.activations import Activation
-from latentize.exporters.onnx_costs import PRICES, Prices, amounts, taken
+from latentize.exporters.onnx_costs import PRICES, Prices, amounts, cost, taken
 from latentize.exporters.onnx_experts import choose_form
 from latentize.exporters.onnx_forms import NodeConfig
 
@@ -38,8 +38,9 @@ HELD = (
     (48, 96, 24, 4), (32, 48, 16, 4), (96, 64, 48, 6), (64, 96, 64, 16), (128, 96, 16, 2), (96, 192, 32, 8),
     (192, 128, 128, 8), (160, 320, 24, 4), (384, 256, 32, 4), (24, 48, 64, 8),
 )  # fmt: skip
-#: Forms whose times are far from the best one's are not waited for: milliseconds that one call may be expected to take.
-TOO_LONG = 40.0
+#: Forms whose times are far from the best one's are not waited for: milliseconds that one call may be expected to take,
+#: and times the best one's that it may always take.
+TOO_LONG, ALWAYS = 40.0, 2.0
 #: What a form does not have, so that it costs nothing: its own nodes for each expert, rows that are put in order.
 FREE = {
     "gather": {"expert", "active", "read", "row", "value"}, "dense": {"expert", "active"}, "loop": {"expert"},
@@ -77,10 +78,11 @@ def measure(sizes: Sequence[tuple[int, int, int, int]]) -> list[Times]:
         sessions = {form: onnx_forms.node_session(form, config) for form in PRICES}
         for tokens in TOKENS:
             feeds = onnx_forms.node_feeds(config, tokens)
+            expected = {form: cost(form, config, tokens) for form in PRICES}
+            limit = max(TOO_LONG * 1e6, ALWAYS * min(expected.values()))
             calls = {
-                form: onnx_forms.runner(session, feeds) for form, session in sessions.items()
-                if np.dot(astuple(PRICES[form]), amounts(form, config, tokens)) < TOO_LONG * 1e6
-            }  # fmt: skip
+                form: onnx_forms.runner(session, feeds) for form, session in sessions.items() if expected[form] < limit
+            }
             found.append(Times(config, tokens, "in turn", onnx_forms.interleaved(calls)))
             alone = {form: onnx_forms.interleaved({form: call})[form] for form, call in calls.items()}
             found.append(Times(config, tokens, "alone", alone))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ from latentize.taps import BlockCall, tapped
 
 if TYPE_CHECKING:
     from latentize.passes import Found
+
+_log = logging.getLogger(__name__)
 
 #: Calibration tokens of a block that moments are taken over, tokens that are kept, batches that errors are measured on.
 MOMENT_TOKENS = 131072
@@ -119,8 +122,14 @@ def _lost(
     """
     if not selected:
         return ()
-    with workspace(), observing(model):
-        lines, wrong = passes.find_lost(model, args, kwargs, selected, grows=_grows(selected, recipe))
+    try:
+        with workspace(), observing(model):
+            lines, wrong = passes.find_lost(model, args, kwargs, selected, grows=_grows(selected, recipe))
+    except LatentizeError:
+        raise
+    except Exception as error:  # it looks at whatever objects a model holds; the blocks are proved without it
+        _log.debug("looking at what is around the blocks failed", exc_info=True)
+        return (f"what the code around the blocks counts, or does in training mode, was not seen: {first_line(error)}",)
     if wrong:
         raise LatentizeError(
             f"{wrong} depends on how many experts there are, by code around the blocks, and the recipe changes that: "

@@ -244,7 +244,11 @@ def _attributes(part: nn.Module) -> dict[str, Any]:
 def _leaves(name: str, value: Any) -> dict[str, Tensor]:
     """Copies of the tensors and numbers in a value, by where they are."""
     if is_dataclass(value) and not isinstance(value, (type, dict)):
-        return _leaves(name, {each.name: getattr(value, each.name) for each in fields(value)})
+        names = [each.name for each in fields(value)]
+        if not hasattr(value, "__dict__"):
+            return _leaves(name, {each: getattr(value, each) for each in names})
+        held = vars(value)  # as it is kept: reading a field may run code
+        return _leaves(name, {each: held[each] for each in names if each in held})
     found = {}
     for path, leaf in pytree.tree_flatten_with_path(value)[0]:
         if isinstance(leaf, Tensor) and not leaf.is_meta:

@@ -398,6 +398,7 @@ def test_transformers_model_generates_the_same_text(tmp_path: Path) -> None:
     assert torch.equal(ids, wanted)
 
 
+@pytest.mark.slow
 def test_a_model_that_works_chunk_by_chunk_takes_one_chunk_and_several(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

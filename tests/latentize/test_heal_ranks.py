@@ -69,7 +69,7 @@ def healed(folder: Path, world: int, train: str) -> list[dict[str, object]]:
     return [json.loads(process.communicate(timeout=180)[0].splitlines()[-1]) for process in running]
 
 
-@pytest.mark.parametrize("train", ["latent", "all"])
+@pytest.mark.parametrize("train", ["latent", pytest.param("all", marks=pytest.mark.slow)])
 def test_processes_share_out_the_steps_and_end_with_the_same_weights(tmp_path: Path, train: str):
     (alone,) = healed(tmp_path / "alone", 1, train)
     first, second = healed(tmp_path / "two", 2, train)

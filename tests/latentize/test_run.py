@@ -123,6 +123,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(net, capsys):
     assert names(net) == ["net.py"]
 
 
+@pytest.mark.slow
 def test_a_bypass_is_shown_with_its_cost_and_its_gain_and_goes_all_the_way(net, capsys):
     arguments = ["net.py", "-o", "out", "--latent-dim", "8", "--bypass", "3", "--heal", "4", "--export", "onnx"]
     code, out, err = call(capsys, *arguments, "--dry-run")
@@ -271,6 +272,7 @@ def test_a_form_that_cannot_be_made_is_known_before_the_long_work(net, capsys):
     assert "ONNX form 'spiral' is not known" in err
 
 
+@pytest.mark.slow
 def test_the_form_of_the_graph_is_the_one_asked_for(net, capsys):
     import onnx
 

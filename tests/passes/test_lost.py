@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -302,3 +302,44 @@ def test_renumbered_children_compute_the_same_with_other_numbers(groups: Groups 
             counts = [torch.bincount(b.router(flat).indices.flatten(), minlength=factor * N) for b in (plain, other)]
             assert torch.equal(*(count.sort().values for count in counts))
             assert not torch.equal(counts[0][:N], counts[1][:N])
+
+
+@dataclass
+class Secret:
+    """Sizes that may be kept and not be read."""
+
+    experts: int = N
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "experts":
+            raise RuntimeError("ask a layer")
+        return super().__getattribute__(name)
+
+
+class Guarded(Moe):
+    """A block beside which lies what cannot be looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.secret = Secret()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.count = getattr(self, "count", 0) + 1
+        return super().forward(x)
+
+
+def test_an_object_that_is_not_to_be_read_is_left_alone() -> None:
+    result = latentize.convert(Guarded().eval(), (X,), recipe=latentize.Recipe(heal_steps=0))
+    assert result.rewritten
+    assert not [line for line in result.warnings if "was not seen" in line]
+
+
+def test_what_cannot_be_looked_at_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_args: object, **_options: object) -> None:
+        raise RuntimeError("an object of the model's own")
+
+    monkeypatch.setattr("latentize.passes.lost_in_training", fails)
+    result = latentize.convert(Moe().eval(), (X,), recipe=latentize.Recipe(heal_steps=0))
+    assert result.rewritten
+    (line,) = [line for line in result.warnings if "was not seen" in line]
+    assert line.endswith("an object of the model's own")
