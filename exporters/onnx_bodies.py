@@ -7,6 +7,7 @@ Bodies are built from the node's sizes, never traced: a 64-expert unrolled one t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -53,10 +54,9 @@ def build_body(form: str, config: NodeConfig, opset: int, overload: str) -> onnx
     from onnx import TensorProto, helper
 
     check_form(form)
-    build = _by_pairs(form.split("+"))
     compute = DOUBLE if config.dtype == DOUBLE else TensorProto.FLOAT
     nodes = Nodes(compute)
-    result = build(nodes, config, _inputs(nodes, config, compute))
+    result = _by_pairs(nodes, config, _inputs(nodes, config, compute), form.split("+"))
     if config.dtype == compute:
         assert list(nodes.list[-1].output) == [result]
         nodes.list[-1].output[0] = "combined"
@@ -102,19 +102,24 @@ def check_form(form: str) -> None:
         )
 
 
-def _by_pairs(forms: Sequence[str]) -> Form:
-    """The first form for batches of few pairs, the others for larger ones."""
+def _by_pairs(nodes: Nodes, config: NodeConfig, v: Values, forms: Sequence[str], pairs: str = "") -> str:
+    """The first form for batches of few pairs, the others for larger ones; `pairs` is their number, where it is known.
+
+    Weights that are gathered for one token at most are multiplied with it in one product.
+    """
     few, *others = forms
     if not others:
-        return FORMS[few]
-    more = _by_pairs(others)
-
-    def build(nodes: Nodes, config: NodeConfig, v: Values) -> str:
-        limit = nodes.constant(np.asarray(few_pairs(config, few, others[0])))
-        small = nodes.op("LessOrEqual", nodes.op("Size", v.indices), limit)
-        return nodes.if_(small, lambda inner: FORMS[few](inner, config, v), lambda inner: more(inner, config, v))
-
-    return build
+        return FORMS[few](nodes, config, v)
+    pairs = pairs or nodes.op("Size", v.indices)
+    limit = few_pairs(config, few, others[0])
+    small = nodes.op("LessOrEqual", pairs, nodes.constant(np.asarray(limit)))
+    one_token = few == "gather" and limit == config.top_k
+    first = partial(onnx_forms.gather, one_token=True) if one_token else FORMS[few]
+    return nodes.if_(
+        small,
+        lambda inner: first(inner, config, v),
+        lambda inner: _by_pairs(inner, config, v, others, pairs),
+    )
 
 
 def few_pairs(config: NodeConfig, few: str, many: str) -> int:

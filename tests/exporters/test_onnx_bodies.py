@@ -173,6 +173,17 @@ def test_indices_past_the_experts_contribute_nothing(form: str, biases: bool) ->
     assert worst_error(form, make_experts(biases=biases), missing=True) < TOLERANCE
 
 
+@pytest.mark.parametrize("form", [form for form in COMPOSED if form.startswith("gather")])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_gathered_forms_take_no_tokens_too(form: str, biases: bool, gated: bool) -> None:
+    experts = make_experts(biases=biases, gated=gated)
+    for named in (False, True):
+        given = {"hidden": (0, L), "indices": (0, K), "weights": (0, K)}
+        feeds = {n: np.zeros(s, np.int64 if n == "indices" else np.float32) for n, s in given.items()}
+        assert run_model(make_model(form, experts, named=named), feeds).shape == (0, L)
+
+
 @pytest.mark.parametrize("form", COMPOSED)
 def test_negative_weights(form: str) -> None:
     assert worst_error(form, make_experts(), signed=True) < TOLERANCE
