@@ -7,7 +7,6 @@ Bodies are built from the node's sizes, never traced: a 64-expert unrolled one t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -103,21 +102,15 @@ def check_form(form: str) -> None:
 
 
 def _by_pairs(nodes: Nodes, config: NodeConfig, v: Values, forms: Sequence[str], pairs: str = "") -> str:
-    """The first form for batches of few pairs, the others for larger ones; `pairs` is their number, where it is known.
-
-    Weights that are gathered for one token at most are multiplied with it in one product.
-    """
+    """The first form for batches of few pairs, the others for larger ones; `pairs` is their number, if it is known."""
     few, *others = forms
     if not others:
         return FORMS[few](nodes, config, v)
     pairs = pairs or nodes.op("Size", v.indices)
-    limit = few_pairs(config, few, others[0])
-    small = nodes.op("LessOrEqual", pairs, nodes.constant(np.asarray(limit)))
-    one_token = few == "gather" and limit == config.top_k
-    first = partial(onnx_forms.gather, one_token=True) if one_token else FORMS[few]
+    small = nodes.op("LessOrEqual", pairs, nodes.constant(np.asarray(few_pairs(config, few, others[0]))))
     return nodes.if_(
         small,
-        lambda inner: first(inner, config, v),
+        lambda inner: FORMS[few](inner, config, v),
         lambda inner: _by_pairs(inner, config, v, others, pairs),
     )
 

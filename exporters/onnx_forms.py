@@ -267,20 +267,14 @@ def dense(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     return nodes.op("Add", output, nodes.op("MatMul", weights, v.down_bias))
 
 
-def gather(nodes: Nodes, config: NodeConfig, v: Values, *, one_token: bool = False) -> str:
-    """Every pair's own matrices are gathered: for few tokens, where the weights read are all that counts.
-
-    With `one_token` there is one token at most, whose experts all read the same column.
-    """
+def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """Every pair's own matrices are gathered: for few tokens, where the weights read are all that counts."""
     index, weights, ones = v.indices, v.weights, None
     if not config.all_named:
         ones = nodes.op("Cast", present(nodes, config, v), to=nodes.dtype)
         index = nodes.op("Min", index, nodes.constant(np.asarray(config.num_experts - 1)))
         weights = nodes.op("Mul", weights, ones)
-    if one_token and not config.weights_on_input:
-        x = nodes.op("Transpose", v.hidden, perm=[1, 0])
-    else:
-        x = nodes.reshape(v.hidden, -1, 1, config.latent_dim, 1)
+    x = nodes.reshape(v.hidden, -1, 1, config.latent_dim, 1)
     if config.weights_on_input:
         x = nodes.op("Mul", x, nodes.reshape(weights, -1, config.top_k, 1, 1))
 
