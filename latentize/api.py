@@ -171,7 +171,7 @@ def load(out: str | Path, model: nn.Module | None = None) -> nn.Module:
         LatentizeError: the folder is not ours or is damaged, or the original's structure is needed and not given.
     """
     manifest = artefact.read_manifest(Path(out))
-    converted, blocks = artefact.load_blocks(Path(out), model)
+    converted, blocks = artefact.load_blocks(manifest, model)
     sites = {name: block.site for name, block in manifest.blocks.items()}
     pretrained.attach(converted, manifest.origin, sites, blocks, manifest.recipe)
     return converted

@@ -121,19 +121,18 @@ def _described(blocks: Mapping[str, SavedBlock]) -> dict[str, dict[str, Any]]:
     return {name: {"site": block.site, "spec": store.encode(block.spec, _outline)} for name, block in blocks.items()}
 
 
-def load_blocks(out: Path, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, LatentMoE]]:
+def load_blocks(manifest: Manifest, model: nn.Module | None = None) -> tuple[nn.Module, dict[str, LatentMoE]]:
     """The converted model in a folder that latentize wrote, and the blocks in it by the names of the original's.
 
     Args:
-        out: the folder.
+        manifest: what the folder says of itself.
         model: a freshly built original, for models that cannot be rebuilt from the folder; it is used up.
 
     Raises:
-        LatentizeError: the folder is not ours or is damaged, or the original's structure is needed and not given.
+        LatentizeError: the folder is damaged, or the original's structure is needed and not given.
     """
     from latentize import passes
 
-    manifest = read_manifest(out)
     base = rebuild(manifest) if model is None else model
     modules = {name: LatentMoE(block.spec) for name, block in manifest.blocks.items()}
     sites = {name: block.site for name, block in manifest.blocks.items()}
@@ -206,7 +205,7 @@ def open_artefact(folder: Path) -> Source:
     from latentize import source_file, source_hf, source_pt2
 
     manifest = read_manifest(folder)
-    origin, model = manifest.origin, load_blocks(folder)[0]
+    origin, model = manifest.origin, load_blocks(manifest)[0]
     if origin.form == "file" and origin.path is not None:
         source = source_file.open_file(origin.path, origin.factory, origin=_origin_file(origin))
         return replace(source, model=model, path=folder, factory="")

@@ -130,7 +130,7 @@ def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module, dict[
         if original is not None:
             raise
         raise LatentizeError(f"{out}: its original cannot be opened ({error}); give --original MODEL") from error
-    return source, *artefact.load_blocks(out)
+    return source, *artefact.load_blocks(artefact.read_manifest(out))
 
 
 def latencies(source: Source, original: nn.Module, rewritten: nn.Module, folder: Path) -> tuple[Latency, ...]:

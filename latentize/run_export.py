@@ -105,8 +105,7 @@ def graphs(
         job.forms.extend(made.choices)
         if made.problem:
             job.warnings.append(made.problem)
-        rows = [*job.onnx]
-        rows += run_onnx.agreement("rewritten", made.path, result.model, job.source, job.warnings)
+        rows = job.onnx + run_onnx.agreement("rewritten", made.path, result.model, job.source, job.warnings)
     if "tensorrt" in job.options.exports:
         from latentize.exporters import tensorrt
 

@@ -43,15 +43,14 @@ def export_original(source: Source, canonical: nn.Module, folder: Path, profiles
     It comes first in a run: what stops it would stop the rewritten model too, after all the work.
 
     Raises:
-        LatentizeError: the model cannot be exported, or onnxruntime cannot load the graph.
+        LatentizeError: the model cannot be exported.
     """
     from latentize.exporters.onnx import export_onnx
 
     path = folder / ORIGINAL
     metadata = {"latentize.model": "original"}
     export_onnx(canonical, source.args, source.kwargs, path, profiles=profiles, metadata=metadata)
-    with runnable(path):
-        return path
+    return path
 
 
 def check_in_form(source: Source, canonical: nn.Module, form: str, folder: Path) -> None:

@@ -20,6 +20,16 @@ def example(batch: int = 2, tokens: int = 24, seed: int = 0) -> Tensor:
     return torch.randn(batch, tokens, HIDDEN, generator=torch.Generator().manual_seed(seed))
 
 
+def swiglu_loop(x: Tensor, weights: Tensor, chosen: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The weighted sum [T, d] of chosen [T, k] SwiGLU experts on x [T, d], one expert after the other."""
+    out = torch.zeros_like(x)
+    for e in range(gate.shape[0]):
+        row, slot = torch.where(chosen == e)
+        h = F.silu(x[row] @ gate[e].T) * (x[row] @ up[e].T)
+        out.index_add_(0, row, (h @ down[e].T) * weights[row, slot, None])
+    return out
+
+
 class Coding(nn.Module):
     """One way to write an MoE down. `truth` says what it computes; `forward` computes it its own way.
 

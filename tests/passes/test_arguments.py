@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from codings_base import swiglu_loop
 from torch import Tensor, nn
 
 import latentize
@@ -47,12 +48,7 @@ class Moe(nn.Module):
         weights, chosen = logits.softmax(-1).topk(K, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         weights = weights if factor is None else weights * factor
-        out = torch.zeros_like(x)
-        for e in range(N):
-            row, slot = torch.where(chosen == e)
-            h = F.silu(x[row] @ self.gate[e].T) * (x[row] @ self.up[e].T)
-            out.index_add_(0, row, (h @ self.down[e].T) * weights[row, slot, None])
-        return out
+        return swiglu_loop(x, weights, chosen, self.gate, self.up, self.down)
 
     def forward(self, x: Tensor, given: Any = None) -> Tensor:
         flat = x.reshape(-1, D)
@@ -230,12 +226,7 @@ class Router(nn.Module):
 
 class Experts(Moe):
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        out = torch.zeros_like(x)
-        for e in range(N):
-            row, slot = torch.where(chosen == e)
-            h = F.silu(x[row] @ self.gate[e].T) * (x[row] @ self.up[e].T)
-            out.index_add_(0, row, (h @ self.down[e].T) * weights[row, slot, None])
-        return out
+        return swiglu_loop(x, weights, chosen, self.gate, self.up, self.down)
 
 
 class BetweenModules(nn.Module):

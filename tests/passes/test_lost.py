@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from codings_base import swiglu_loop
 from torch import Tensor, nn
 
 import latentize
@@ -41,12 +42,7 @@ class Moe(nn.Module):
         weights, chosen = self.logits(flat).softmax(-1).topk(K, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         self.note(chosen)
-        out = torch.zeros_like(flat)
-        for e in range(N):
-            row, slot = torch.where(chosen == e)
-            h = F.silu(flat[row] @ self.gate[e].T) * (flat[row] @ self.up[e].T)
-            out.index_add_(0, row, (h @ self.down[e].T) * weights[row, slot, None])
-        return out.view(x.shape), chosen
+        return swiglu_loop(flat, weights, chosen, self.gate, self.up, self.down).view(x.shape), chosen
 
     def note(self, chosen: Tensor) -> None:
         pass
