@@ -45,7 +45,7 @@ PRICES: Mapping[str, Prices] = MappingProxyType(
     {
         "gather": Prices(48_900, multiply=0.641),
         "moe": Prices(67_500, 163, 1_710, 0.229, 173, 0.0814, 15.3),
-        "dense": Prices(55_600, 0, 0, 0.15, 7.36, 0.0263, 2.03),
+        "dense": Prices(50_500, 0, 0, 0.15, 20, 0.0263, 2.03),
         "batched": Prices(60_700, 3_070, 926, 0.135, 165, 0.0552, 1.46),
         "unrolled": Prices(47_500, 5_410, 1_590, 0.163, 217, 0.0534, 0),
         "loop": Prices(80_000, 0, 13_500, 0.328, 452, 0.0763, 0),

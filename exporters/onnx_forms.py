@@ -246,25 +246,27 @@ def loop(nodes: Nodes, config: NodeConfig, v: Values) -> str:
 def dense(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """Every expert on every token, as three wide matrix products; what a token did not select is multiplied by zero."""
     n, m, width = config.num_experts, config.intermediate_size, config.latent_dim
-    weights = mix(nodes, config, v, v.weights, 0.0)
+    # [T, N, k]: which of a token's choices an expert is; of an index >= N there is none
+    chosen = nodes.op("OneHot", v.indices, nodes.constant(np.asarray(n)), nodes.floats(0.0, 1.0), axis=1)
+    weights = nodes.op("MatMul", chosen, nodes.reshape(v.weights, -1, config.top_k, 1))
+
+    def by_expert(factor: str, value: str) -> str:
+        return nodes.reshape(nodes.op("Mul", nodes.reshape(value, -1, n, m), factor), -1, n * m)
 
     def linear(weight: str, bias: str | None) -> str:
-        matrix = nodes.op("Transpose", nodes.reshape(weight, n * m, width), perm=[1, 0])
-        out = nodes.reshape(nodes.op("MatMul", v.hidden, matrix), -1, n, m)
+        out = nodes.op("MatMul", v.hidden, nodes.op("Transpose", nodes.reshape(weight, n * m, width), perm=[1, 0]))
         if config.weights_on_input:
-            out = nodes.op("Mul", out, nodes.reshape(weights, -1, n, 1))
-        return out if bias is None else nodes.op("Add", out, bias)
+            out = by_expert(weights, out)
+        return out if bias is None else nodes.op("Add", out, nodes.reshape(bias, n * m))
 
     gate = None if v.gate is None else linear(v.gate, v.gate_bias)
     hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias))
     if config.weights_on_input:
-        ones = nodes.op("Cast", present(nodes, config, v), to=nodes.dtype)
-        weights = mix(nodes, config, v, ones, 0.0)
-    mixed = nodes.reshape(nodes.op("Mul", hidden, nodes.reshape(weights, -1, n, 1)), -1, n * m)
-    output = nodes.op("MatMul", mixed, nodes.reshape(nodes.transposed(v.down), n * m, width))
+        weights = nodes.op("ReduceSum", chosen, nodes.ints(2))
+    output = nodes.op("MatMul", by_expert(weights, hidden), nodes.reshape(nodes.transposed(v.down), n * m, width))
     if v.down_bias is None:
         return output
-    return nodes.op("Add", output, nodes.op("MatMul", weights, v.down_bias))
+    return nodes.op("Add", output, nodes.op("MatMul", nodes.reshape(weights, -1, n), v.down_bias))
 
 
 def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
