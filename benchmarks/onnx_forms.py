@@ -1,20 +1,23 @@
 """Latency in onnxruntime on CPU of every body form, and of exported blocks, original against rewritten.
 
     python benchmarks/onnx_forms.py forms            one latent-experts node, every form
+    python benchmarks/onnx_forms.py sample           the trained sample, converted by its weights, in every form
     python benchmarks/onnx_forms.py profiles         the forms chosen for decoding, for prefilling and for everything
     python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant,
                                                      by standard operators and with latentize's own, and the
                                                      original as torch.onnx exports transformers' own code
 
 One thread; times are CPU time of that thread, so that a busy machine disturbs them little. All graphs of a comparison
-are run in every round, and `ms` is the lower quartile over the rounds. Weights are random: latency does not depend on
-them.
+are run in every round, each several times in a row, as where one model serves; the first of these calls, which finds
+what the other graphs left in the caches, is not counted. `ms` is the lower quartile over the rounds. Weights are random
+but for the sample: latency does not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -60,38 +63,86 @@ FORM_SIZES = {
 PROFILES = {"usual": "", "decode": "1:1:4x1", "prefill": "1x256:512:1024"}
 PROFILE_TOKENS = (1, 4, 256, 1024)
 SECONDS = 1.0
+IN_A_ROW = 4
 
 
 def main() -> None:
     """Measure what was asked for, print the table, keep the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["forms", "profiles", "blocks"])
+    parser.add_argument("what", choices=["forms", "sample", "profiles", "blocks"])
     what = parser.parse_args().what
     torch.set_num_threads(1)
-    rows = {"forms": measure_forms, "profiles": measure_profiles, "blocks": measure_blocks}[what]()
+    measures = {
+        "forms": measure_forms, "sample": measure_sample, "profiles": measure_profiles, "blocks": measure_blocks
+    }  # fmt: skip
+    rows = measures[what]()
     keep("onnx_" + what, rows, ("sizes", "graph", "tokens"))
     columns = {"sizes": "", "graph": "", "tokens": "", "ms": ".3f", "ratio": ".2f"}
     print(table(rows, {**columns, "alike": ".2f"} if what == "blocks" else columns))
 
 
 def measure_forms() -> list[dict[str, Any]]:
-    """Every form of one node; `ratio` is to the fastest form at that number of tokens."""
+    """Every form of one node, and what is chosen for any number of tokens and for this one alone.
+
+    `ratio` is to the fastest form at that number of tokens.
+    """
     rows = []
     for sizes, (latent, intermediate, experts, k) in FORM_SIZES.items():
         config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False, True)
         auto = choose_form(config, [config])
-        sessions = {form: node_session(form, config) for form in (*FORMS, auto)}
+        alone = {t: choose_form(config, [config], tokens_in_flight([Profile.parse(f"1x{t}")])) for t in TOKENS}
+        sessions = {form: node_session(form, config) for form in dict.fromkeys((*FORMS, auto, *alone.values()))}
         for tokens in TOKENS:
             feeds = node_feeds(config, tokens)
             calls = {
                 form: runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
             }
-            times = interleaved(calls)
-            best = min(ms for form, ms in times.items() if form != auto)
-            for form, ms in times.items():
-                name = f"auto ({form})" if form == auto else form
-                rows.append({"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / best})
+            times = interleaved(calls, IN_A_ROW)
+            chosen = {f"auto ({auto})": times[auto], f"profile 1x{tokens} ({alone[tokens]})": times[alone[tokens]]}
+            rows += beside_the_best(sizes, tokens, {form: times[form] for form in FORMS if form in times}, chosen)
     return rows
+
+
+def measure_sample() -> list[dict[str, Any]]:
+    """Every form of the sample's conversions, the whole models; `ratio` as in `measure_forms`."""
+    import latentize
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "samples"))
+    import stdlib_lm
+
+    inputs = stdlib_lm.example_inputs()
+    rows = []
+    for variant in ("acc", "eff", "fixed"):
+        recipe = latentize.Recipe(variant=variant, heal_steps=0, init="weights")
+        model = latentize.convert(stdlib_lm.build_model(), kwargs=inputs, recipe=recipe).model.eval()
+        sessions = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for form in (*FORMS, "auto"):
+                export_onnx(model, (), inputs, path := Path(folder) / f"{form}.onnx", form=form)
+                sessions[form] = open_session(path, threads=1)
+        for tokens in TOKENS:
+            feeds = {
+                "input_ids": np.random.default_rng(tokens).integers(256, size=(1, tokens)),
+                "attention_mask": np.ones((1, tokens), dtype=np.int64),
+            }
+            calls = {
+                form: runner(session, {value.name: feeds[value.name] for value in session.get_inputs()})
+                for form, session in sessions.items()
+            }
+            times = interleaved(calls, IN_A_ROW)
+            rows += beside_the_best(f"sample, {variant}", tokens, times, {"auto": times.pop("auto")})
+    return rows
+
+
+def beside_the_best(
+    sizes: str, tokens: int, forms: Mapping[str, float], chosen: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A row for the milliseconds of each form and of each choice."""
+    best = min(forms.values())
+    return [
+        {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / best}
+        for name, ms in (*forms.items(), *chosen.items())
+    ]
 
 
 def measure_profiles() -> list[dict[str, Any]]:
@@ -106,7 +157,7 @@ def measure_profiles() -> list[dict[str, Any]]:
         sessions = {form: node_session(form, config) for form in dict.fromkeys(chosen.values())}
         for tokens in PROFILE_TOKENS:
             feeds = node_feeds(config, tokens)
-            times = interleaved({form: runner(session, feeds) for form, session in sessions.items()})
+            times = interleaved({form: runner(session, feeds) for form, session in sessions.items()}, IN_A_ROW)
             for use, form in chosen.items():
                 ms, usual = times[form], times[chosen["usual"]]
                 rows.append(
@@ -146,7 +197,7 @@ def measure_blocks() -> list[dict[str, Any]]:
                 for name, s in sessions.items()
                 if name != BY_TORCH or (sizes, tokens) not in TOO_LARGE
             }
-            times = interleaved(calls)
+            times = interleaved(calls, IN_A_ROW)
             for name, ms in times.items():
                 alike = ms / times["original" + OURS * name.endswith(OURS)]
                 row = {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / times["original"]}
@@ -154,20 +205,23 @@ def measure_blocks() -> list[dict[str, Any]]:
     return rows
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Lower quartile of the CPU milliseconds of each call, one of each per round, about `SECONDS` each.
+def interleaved(calls: Mapping[str, Callable[[], object]], in_a_row: int = 1) -> dict[str, float]:
+    """Lower quartile of the CPU milliseconds of each call, one or several of each per round, about `SECONDS` each.
 
-    Their order is drawn for every round: what runs before a call decides what it finds in the caches.
+    Their order is drawn for every round: what runs before a call decides what it finds in the caches. Of several in a
+    row the first is not counted.
     """
     generator = random.Random(0)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
-    while sum(map(sum, samples.values())) < SECONDS * 1e3 * len(calls) and len(next(iter(samples.values()))) < 500:
+    while sum(map(sum, samples.values())) < SECONDS * 1e3 * len(calls) and len(next(iter(samples.values()))) < 1000:
         for name in generator.sample(list(calls), len(calls)):
-            start = time.thread_time()
-            calls[name]()
-            samples[name].append((time.thread_time() - start) * 1e3)
+            for place in range(in_a_row):
+                start = time.thread_time()
+                calls[name]()
+                if place or in_a_row == 1:
+                    samples[name].append((time.thread_time() - start) * 1e3)
     return {name: quantiles(times, n=4)[0] for name, times in samples.items()}
 
 
