@@ -10,6 +10,8 @@ from latentize.errors import LatentizeError
 
 #: (smallest, usual, largest)
 Range = tuple[int, int, int]
+#: The longest axis that engines can have.
+LONGEST = (1 << 31) - 1
 _TEXT = re.compile(r"(\d+)(?::(\d+):(\d+))?x(\d+)(?::(\d+):(\d+))?")
 
 
@@ -46,13 +48,15 @@ class Profile:
         """The same profile.
 
         Raises:
-            LatentizeError: a range is not in order, or begins below 1.
+            LatentizeError: a range is not in order, begins below 1, or ends beyond `LONGEST`.
         """
         for name, (low, usual, high) in (("batch", self.batch), ("tokens", self.tokens)):
             if not 1 <= low <= usual <= high:
                 raise LatentizeError(
                     f"{where}: {name} {low}:{usual}:{high} is not in order: expected 1 <= smallest <= usual <= largest"
                 )
+            if high > LONGEST:
+                raise LatentizeError(f"{where}: {name} {low}:{usual}:{high} is too large: at most {LONGEST}")
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import shlex
 import sys
@@ -59,6 +60,16 @@ def cli(context: click.Context) -> None:
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
         context.exit(2)
+
+
+class _Bound(click.FloatRange):
+    """A number that something is held against, which no number is where it is not one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
 
 
 class _Compression(click.ParamType[Any]):
@@ -179,7 +190,7 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--resume", is_flag=True, help="Continue an interrupted run with the same arguments.")
 @click.option(
     "--max-loss",
-    type=click.FloatRange(min=0),
+    type=_Bound(min=0),
     metavar="X",
     help="Fail (exit 4) when the first value of evaluate rises by more than this fraction; 0.01 is 1 %.",
 )
@@ -213,7 +224,7 @@ def convert(
 )
 @click.option(
     "--knee",
-    type=click.FloatRange(min=0, min_open=True),
+    type=_Bound(min=0, min_open=True),
     metavar="X",
     help="With --calibrate: name the smallest width for all blocks whose predicted loss is at most X.",
 )
@@ -241,19 +252,19 @@ def inspect(
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=_Bound(min=0),
     metavar="X",
     help="Fail (exit 4) when a backend is further than this from PyTorch, relatively. [default: 1e-5 in fp32]",
 )
 @click.option(
     "--max-loss",
-    type=click.FloatRange(min=0),
+    type=_Bound(min=0),
     metavar="X",
     help="Fail when the first value of evaluate rises by more than this fraction. [default: the conversion's]",
 )
 @click.option(
     "--max-block-error",
-    type=click.FloatRange(min=0),
+    type=_Bound(min=0),
     metavar="X",
     help="Fail when a block is further than this from the original's, relatively, and name the first.",
 )

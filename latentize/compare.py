@@ -79,6 +79,20 @@ class Gate:
         """The gate, judged."""
         return cls(name, value, limit, passed=value <= limit)
 
+    @classmethod
+    def unmade(cls, name: str) -> Gate:
+        """The gate of something that could not be made at all, for a reason that is among the warnings."""
+        return cls(name, math.inf, 0.0, passed=False)
+
+    @property
+    def was_made(self) -> bool:
+        """Whether there was something to judge."""
+        return not (math.isinf(self.value) and self.limit == 0)
+
+    def describe(self) -> str:
+        """What it is and what it may be."""
+        return f"{self.name} is {self.value:.4g}, allowed {self.limit:.4g}" if self.was_made else f"{self.name}: none"
+
 
 def evaluate_pair(original: nn.Module, rewritten: nn.Module, evaluate: Evaluate) -> Evaluation:
     """Both models under the same `evaluate`, in eval mode, without gradients, from the same random state.
@@ -199,8 +213,10 @@ def require(gates: Sequence[Gate]) -> None:
     """
     failed = [gate for gate in gates if not gate.passed]
     if failed:
-        what = "; ".join(f"{gate.name} is {gate.value:.4g}, allowed {gate.limit:.4g}" for gate in failed)
-        raise GateError(f"gate failed: {what}. Lower the compression, heal longer, or allow more")
+        what = "; ".join(gate.describe() for gate in failed)
+        judged = any(gate.was_made for gate in failed)
+        advice = "Lower the compression, heal longer, or allow more" if judged else "The warnings say why"
+        raise GateError(f"gate failed: {what}. {advice}")
 
 
 def main_output(output: Any) -> tuple[Tensor, bool]:

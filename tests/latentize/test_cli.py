@@ -163,6 +163,8 @@ def test_the_default_output_is_named_after_the_model(model, out):
         (["plain.py", "--profile", "4:1:1x1"], "--profile 4:1:1x1: batch 4:1:1 is not in order"),
         (["plain.py", "--recipe", "profile.yaml"], "unknown field 'token' of profiles; did you mean 'tokens'"),
         (["plain.py", "--no-such-flag"], "No such option"),
+        (["plain.py", "--profile", "1x9999999999"], "tokens 9999999999:9999999999:9999999999 is too large"),
+        (["plain.py", "--max-loss", "nan"], "nan is not a number"),
         (["plain.py", "--max-loss", "x"], "'x' is not a valid float"),
         (["plain.py", "--max-loss", "0.1"], "--max-loss needs an evaluate"),
         (["plain.py", "-o", "plain.py"], "is a file"),

@@ -199,3 +199,10 @@ def test_a_gate_on_a_value_that_is_not_a_number_fails():
     assert not Gate.of("error", math.nan, 1.0).passed
     assert not loss_gate(Evaluation({"loss": 1.0}, {"loss": math.nan}), 10.0).passed
     require([Gate.of("error", 1.0, 1.0)])
+
+
+def test_a_gate_of_something_that_could_not_be_made_gives_no_advice_on_accuracy():
+    with pytest.raises(GateError, match=r"gate failed: TensorRT engine: none\. The warnings say why$"):
+        require([Gate.unmade("TensorRT engine"), Gate.of("error", 1.0, 1.0)])
+    with pytest.raises(GateError, match=r"TensorRT engine: none; error is 2, allowed 1\. Lower the compression"):
+        require([Gate.unmade("TensorRT engine"), Gate.of("error", 2.0, 1.0)])
