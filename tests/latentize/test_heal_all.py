@@ -128,7 +128,8 @@ def test_it_ends_closer_than_training_the_blocks_alone():
     losses = {}
     for train in ("latent", "all"):
         models = pair()
-        losses[train] = heal(*models, texts(), steps=replace(PLAN, train=train), seed=0)
+        # enough steps for it to be no matter of rounding: 0.67 to 0.93 times the loss over four seeds
+        losses[train] = heal(*models, texts(), steps=replace(PLAN, train=train, model_steps=100), seed=0)
     assert losses["all"].loss_after_blocks == losses["latent"].loss_after_blocks  # block by block nothing else moves
     assert losses["all"].loss_after < losses["latent"].loss_after
 
