@@ -41,6 +41,7 @@ class Prices:
     value: float = 0.0
 
 
+#: Fitted but for the call and the row of "dense": those were moved by what its OneHot was measured to save and to cost.
 PRICES: Mapping[str, Prices] = MappingProxyType(
     {
         "gather": Prices(48_900, multiply=0.641),

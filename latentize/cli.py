@@ -63,7 +63,7 @@ def cli(context: click.Context) -> None:
 
 
 class _Bound(click.FloatRange):
-    """A number that something is held against, which no number is where it is not one."""
+    """A limit: a number in a range, and not "nan", with which nothing would ever pass."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         number = super().convert(value, param, ctx)
