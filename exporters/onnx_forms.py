@@ -114,19 +114,6 @@ def _combine(nodes: Nodes, config: NodeConfig, v: Values, outputs: str) -> str:
     return nodes.reshape(nodes.op("MatMul", weights, per_token), -1, config.latent_dim)
 
 
-def mix(nodes: Nodes, config: NodeConfig, v: Values, values: str, fill: float) -> str:
-    """[T, N] with values [T, k] where a token selected an expert, `fill` elsewhere."""
-    n = config.num_experts
-    columns = n if config.all_named else n + 1
-    shape = nodes.op("Concat", nodes.rows(v.indices), nodes.ints(columns), axis=0)
-    empty = nodes.op("Expand", nodes.scalar(fill), shape)
-    if config.all_named:
-        return nodes.op("ScatterElements", empty, v.indices, values, axis=1)
-    index = nodes.op("Min", v.indices, nodes.constant(np.asarray(n)))
-    full = nodes.op("ScatterElements", empty, index, values, axis=1)
-    return nodes.op("Slice", full, nodes.ints(0), nodes.ints(n), nodes.ints(1))
-
-
 def present(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """[T, k] bool: the index names an expert."""
     return nodes.op("Less", v.indices, nodes.constant(np.asarray(config.num_experts)))

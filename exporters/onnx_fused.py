@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+import numpy as np
+
 from latentize.errors import LatentizeError
-from latentize.exporters.onnx_forms import NodeConfig, Values, loop, mix, present
+from latentize.exporters.onnx_forms import NodeConfig, Values, loop, present
 from latentize.exporters.onnx_nodes import DOUBLE, Nodes
 
 MICROSOFT = "com.microsoft"
@@ -24,13 +26,26 @@ def fused(nodes: Nodes, config: NodeConfig, v: Values) -> str:
         if not config.all_named:
             weights = inner.op("Where", present(inner, config, v), weights, inner.scalar(0.0))
         total = inner.op("ReduceSum", weights, inner.ints(1))
-        logits = mix(inner, config, v, inner.op("Max", inner.op("Log", weights), inner.scalar(_ABSENT)), _ABSENT)
+        logits = _spread(inner, config, v, inner.op("Max", inner.op("Log", weights), inner.scalar(_ABSENT)))
         w1, b1 = _first_layer(inner, config, v)
         terms = [v.hidden, logits, w1, b1 or "", v.down, v.down_bias or ""]
         return inner.op("Mul", inner.op("MoE", *terms, domain=MICROSOFT, **attributes), total)
 
     negative = nodes.op("Less", nodes.op("ReduceMin", v.weights, keepdims=0), nodes.scalar(0.0))
     return nodes.if_(negative, lambda inner: loop(inner, config, v), operator)
+
+
+def _spread(nodes: Nodes, config: NodeConfig, v: Values, values: str) -> str:
+    """[T, N] with values [T, k] where a token selected an expert, `_ABSENT` elsewhere."""
+    n = config.num_experts
+    columns = n if config.all_named else n + 1
+    shape = nodes.op("Concat", nodes.rows(v.indices), nodes.ints(columns), axis=0)
+    empty = nodes.op("Expand", nodes.scalar(_ABSENT), shape)
+    if config.all_named:
+        return nodes.op("ScatterElements", empty, v.indices, values, axis=1)
+    index = nodes.op("Min", v.indices, nodes.constant(np.asarray(n)))
+    full = nodes.op("ScatterElements", empty, index, values, axis=1)
+    return nodes.op("Slice", full, nodes.ints(0), nodes.ints(n), nodes.ints(1))
 
 
 def _first_layer(nodes: Nodes, config: NodeConfig, v: Values) -> tuple[str, str | None]:

@@ -79,19 +79,22 @@ class Gate:
         """The gate, judged."""
         return cls(name, value, limit, passed=value <= limit)
 
-    @classmethod
-    def unmade(cls, name: str) -> Gate:
-        """The gate of something that could not be made at all, for a reason that is among the warnings."""
-        return cls(name, math.inf, 0.0, passed=False)
-
-    @property
-    def was_made(self) -> bool:
-        """Whether there was something to judge."""
-        return not (math.isinf(self.value) and self.limit == 0)
-
     def describe(self) -> str:
         """What it is and what it may be."""
-        return f"{self.name} is {self.value:.4g}, allowed {self.limit:.4g}" if self.was_made else f"{self.name}: none"
+        return f"{self.name} is {self.value:.4g}, allowed {self.limit:.4g}"
+
+
+@dataclass(frozen=True)
+class Unmade(Gate):
+    """The gate of something that could not be made at all, for a reason that is among the warnings."""
+
+    value: float = math.inf
+    limit: float = 0.0
+    passed: bool = False
+
+    def describe(self) -> str:
+        """That there is none."""
+        return f"{self.name}: none"
 
 
 def evaluate_pair(original: nn.Module, rewritten: nn.Module, evaluate: Evaluate) -> Evaluation:
@@ -214,8 +217,8 @@ def require(gates: Sequence[Gate]) -> None:
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         what = "; ".join(gate.describe() for gate in failed)
-        judged = any(gate.was_made for gate in failed)
-        advice = "Lower the compression, heal longer, or allow more" if judged else "The warnings say why"
+        unmade = all(isinstance(gate, Unmade) for gate in failed)
+        advice = "The report says why" if unmade else "Lower the compression, heal longer, or allow more"
         raise GateError(f"gate failed: {what}. {advice}")
 
 
