@@ -14,19 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx_forms
 import torch
 from measured import keep, table
 
 from latentize.activations import Activation
-from latentize.exporters.onnx_costs import PRICES, Prices, amounts, cost, taken
+from latentize.exporters.onnx_alone import node_feeds, node_session
+from latentize.exporters.onnx_choice import names_of
+from latentize.exporters.onnx_costs import PRICES, Priced, Prices, amounts, cost, taken
 from latentize.exporters.onnx_experts import choose_form
 from latentize.exporters.onnx_forms import NodeConfig
+from latentize.exporters.onnx_timing import interleaved
 
 TOKENS = (1, 4, 16, 64, 256)
+#: That each form is run for, at each of these.
+SECONDS = 0.15
 #: (ℓ, m, N, k)
 FITTED = (
     (32, 32, 8, 2), (32, 32, 64, 4), (32, 64, 32, 8), (64, 32, 16, 2), (64, 64, 16, 4), (64, 64, 64, 8),
@@ -60,7 +65,6 @@ class Times:
 def main() -> None:
     """Measure, print the fitted prices and how the choice fares, keep the rows."""
     torch.set_num_threads(1)
-    onnx_forms.SECONDS = 0.15
     fitted, held = measure(FITTED), measure(HELD)
     for form, prices in fit(fitted).items():
         print(f'"{form}": Prices({", ".join(f"{price:.3g}" for price in astuple(prices))}),')
@@ -75,16 +79,16 @@ def measure(sizes: Sequence[tuple[int, int, int, int]]) -> list[Times]:
     found = []
     for latent, intermediate, experts, k in sizes:
         config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False, True)
-        sessions = {form: onnx_forms.node_session(form, config) for form in PRICES}
+        sessions = {form: node_session(form, config, 1) for form in PRICES}
         for tokens in TOKENS:
-            feeds = onnx_forms.node_feeds(config, tokens)
+            feeds = node_feeds(config, tokens)
             expected = {form: cost(form, config, tokens) for form in PRICES}
             limit = max(TOO_LONG * 1e6, ALWAYS * min(expected.values()))
             calls = {
-                form: onnx_forms.runner(session, feeds) for form, session in sessions.items() if expected[form] < limit
+                form: partial(session.run, None, feeds) for form, session in sessions.items() if expected[form] < limit
             }
-            found.append(Times(config, tokens, "in turn", onnx_forms.interleaved(calls)))
-            alone = {form: onnx_forms.interleaved({form: call})[form] for form, call in calls.items()}
+            found.append(Times(config, tokens, "in turn", interleaved(calls, SECONDS, in_a_row=1)))
+            alone = {form: interleaved({form: call}, SECONDS, in_a_row=1)[form] for form, call in calls.items()}
             found.append(Times(config, tokens, "alone", alone))
     return found
 
@@ -122,8 +126,8 @@ def positive(shares: np.ndarray[Any, Any], steps: int = 5000) -> np.ndarray[Any,
 def judged(times: Times, *, held: bool) -> dict[str, Any]:
     """The form that the exporter takes at this size and number of tokens, beside the best."""
     c = times.config
-    forms = choose_form(c, [c]).split("+")
-    form = forms[taken(c, forms, times.tokens)]
+    forms = names_of(choose_form(c, [c]))
+    form = forms[taken(Priced(c), forms, times.tokens)]
     best = min(times.ms, key=lambda form: times.ms[form])
     sizes = f"l{c.latent_dim}_m{c.intermediate_size}_N{c.num_experts}_k{c.top_k}"
     ratio = times.ms[form] / times.ms[best]

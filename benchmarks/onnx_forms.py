@@ -16,31 +16,27 @@ but for the sample: latency does not depend on them.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
 from measured import keep, table
-from onnx import helper, numpy_helper
 
 from latentize.activations import Activation
 from latentize.exporters import onnxruntime_ops
 from latentize.exporters.onnx import export_onnx
-from latentize.exporters.onnx_bodies import DOMAIN, FORMS, OP_TYPE, build_body
+from latentize.exporters.onnx_alone import node_feeds, node_session
+from latentize.exporters.onnx_bodies import FORMS
 from latentize.exporters.onnx_check import open_session
 from latentize.exporters.onnx_costs import tokens_in_flight
-from latentize.exporters.onnx_experts import choose_form
+from latentize.exporters.onnx_experts import candidates, choose_form
 from latentize.exporters.onnx_forms import NodeConfig
-from latentize.exporters.onnx_fused import MICROSOFT
+from latentize.exporters.onnx_timing import fastest, interleaved
 from latentize.exporters.tensorrt_profiles import Profile
 from latentize.moe import LatentMoE
 from latentize.spec import ExpertsSpec, LatentSpec, MoESpec, RouterSpec
@@ -63,7 +59,6 @@ FORM_SIZES = {
 PROFILES = {"usual": "", "decode": "1:1:4x1", "prefill": "1x256:512:1024"}
 PROFILE_TOKENS = (1, 4, 256, 1024)
 SECONDS = 1.0
-IN_A_ROW = 4
 
 
 def main() -> None:
@@ -84,21 +79,29 @@ def main() -> None:
 def measure_forms() -> list[dict[str, Any]]:
     """Every form of one node, and what is chosen for any number of tokens and for this one alone.
 
-    `ratio` is to the fastest form at that number of tokens.
+    It is chosen by prices ("auto") and by timing ("measured"). `ratio` is to the fastest form at that number of tokens.
     """
     rows = []
     for sizes, (latent, intermediate, experts, k) in FORM_SIZES.items():
         config = NodeConfig(experts, k, latent, intermediate, 1, Activation("silu"), ("gate",), False, True)
         auto = choose_form(config, [config])
         alone = {t: choose_form(config, [config], tokens_in_flight([Profile.parse(f"1x{t}")])) for t in TOKENS}
-        sessions = {form: node_session(form, config) for form in dict.fromkeys((*FORMS, auto, *alone.values()))}
+        every = candidates(config, [config])
+        measured = fastest(config, every)
+        timed = {t: fastest(config, every, tokens_in_flight([Profile.parse(f"1x{t}")])) for t in TOKENS}
+        wanted = dict.fromkeys((*FORMS, auto, *alone.values(), measured, *timed.values()))
+        sessions = {form: node_session(form, config, 1) for form in wanted}
         for tokens in TOKENS:
             feeds = node_feeds(config, tokens)
             calls = {
                 form: runner(session, feeds) for form, session in sessions.items() if (form, tokens) not in TOO_LARGE
             }
-            times = interleaved(calls, IN_A_ROW)
-            chosen = {f"auto ({auto})": times[auto], f"profile 1x{tokens} ({alone[tokens]})": times[alone[tokens]]}
+            times = interleaved(calls, SECONDS)
+            taken = {
+                "auto": auto, f"profile 1x{tokens}": alone[tokens],
+                "measured": measured, f"measured, profile 1x{tokens}": timed[tokens],
+            }  # fmt: skip
+            chosen = {f"{how} ({form})": times[form] for how, form in taken.items()}
             rows += beside_the_best(sizes, tokens, {form: times[form] for form in FORMS if form in times}, chosen)
     return rows
 
@@ -129,7 +132,7 @@ def measure_sample() -> list[dict[str, Any]]:
                 form: runner(session, {value.name: feeds[value.name] for value in session.get_inputs()})
                 for form, session in sessions.items()
             }
-            times = interleaved(calls, IN_A_ROW)
+            times = interleaved(calls, SECONDS)
             rows += beside_the_best(f"sample, {variant}", tokens, times, {"auto": times.pop("auto")})
     return rows
 
@@ -154,10 +157,10 @@ def measure_profiles() -> list[dict[str, Any]]:
             use: choose_form(config, [config], tokens_in_flight([Profile.parse(profile)] if profile else []))
             for use, profile in PROFILES.items()
         }
-        sessions = {form: node_session(form, config) for form in dict.fromkeys(chosen.values())}
+        sessions = {form: node_session(form, config, 1) for form in dict.fromkeys(chosen.values())}
         for tokens in PROFILE_TOKENS:
             feeds = node_feeds(config, tokens)
-            times = interleaved({form: runner(session, feeds) for form, session in sessions.items()}, IN_A_ROW)
+            times = interleaved({form: runner(session, feeds) for form, session in sessions.items()}, SECONDS)
             for use, form in chosen.items():
                 ms, usual = times[form], times[chosen["usual"]]
                 rows.append(
@@ -197,64 +200,12 @@ def measure_blocks() -> list[dict[str, Any]]:
                 for name, s in sessions.items()
                 if name != BY_TORCH or (sizes, tokens) not in TOO_LARGE
             }
-            times = interleaved(calls, IN_A_ROW)
+            times = interleaved(calls, SECONDS)
             for name, ms in times.items():
                 alike = ms / times["original" + OURS * name.endswith(OURS)]
                 row = {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / times["original"]}
                 rows.append({**row, "alike": alike})
     return rows
-
-
-def interleaved(calls: Mapping[str, Callable[[], object]], in_a_row: int = 1) -> dict[str, float]:
-    """Lower quartile of the CPU milliseconds of each call, one or several of each per round, about `SECONDS` each.
-
-    Their order is drawn for every round: what runs before a call decides what it finds in the caches. Of several in a
-    row the first is not counted.
-    """
-    generator = random.Random(0)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    while sum(map(sum, samples.values())) < SECONDS * 1e3 * len(calls) and len(next(iter(samples.values()))) < 1000:
-        for name in generator.sample(list(calls), len(calls)):
-            for place in range(in_a_row):
-                start = time.thread_time()
-                calls[name]()
-                if place or in_a_row == 1:
-                    samples[name].append((time.thread_time() - start) * 1e3)
-    return {name: quantiles(times, n=4)[0] for name, times in samples.items()}
-
-
-def node_session(form: str, config: NodeConfig) -> onnxruntime.InferenceSession:
-    """One latent-experts node with random weights and a body of this form."""
-    n, m, width = config.num_experts, config.intermediate_size, config.latent_dim
-    shapes = {"gate": (n, m, width), "up": (n, m, width), "down": (n, width, m)}
-    draw = np.random.default_rng(0).standard_normal
-    weights = [numpy_helper.from_array(draw(s, dtype=np.float32) * s[-1] ** -0.5, name) for name, s in shapes.items()]
-    inputs = [("hidden", 1, width), ("indices", 7, config.top_k), ("weights", 1, config.top_k)]
-    values = [helper.make_tensor_value_info(name, kind, ["T", size]) for name, kind, size in inputs]
-    names = [name for name, *_ in inputs] + list(shapes)
-    node = helper.make_node(OP_TYPE, names, ["combined"], domain=DOMAIN, overload="only", activation="silu")
-    result = helper.make_tensor_value_info("combined", 1, ["T", width])
-    imports = [helper.make_opsetid(domain, version) for domain, version in (("", 20), (DOMAIN, 1), (MICROSOFT, 1))]
-    graph = helper.make_graph([node], "one", values, [result], weights)
-    body = build_body(form, config, 20, "only")
-    model = helper.make_model(graph, functions=[body], opset_imports=imports, ir_version=10)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "node.onnx"
-        onnx.save(model, path)
-        return open_session(path, threads=1)
-
-
-def node_feeds(config: NodeConfig, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Random hidden states and a uniformly random routing."""
-    generator = np.random.default_rng(tokens)
-    order = generator.random((tokens, config.num_experts)).argsort(axis=1)
-    return {
-        "hidden": generator.standard_normal((tokens, config.latent_dim), dtype=np.float32),
-        "indices": np.ascontiguousarray(order[:, : config.top_k]),
-        "weights": generator.random((tokens, config.top_k), dtype=np.float32),
-    }
 
 
 def make_block(d: int, m: int, n: int, k: int, latent: int | None) -> LatentMoE:

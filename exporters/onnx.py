@@ -17,7 +17,8 @@ from latentize import __version__
 from latentize.errors import LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import capture_any_length, example_for_export, exporting, quiet
 from latentize.exporters.onnx_bodies import check_form
-from latentize.exporters.onnx_costs import FormChoice, tokens_in_flight
+from latentize.exporters.onnx_choice import FormChoice
+from latentize.exporters.onnx_costs import tokens_in_flight
 from latentize.exporters.onnx_nodes import MAX_OPSET, MIN_OPSET
 from latentize.exporters.tensorrt_profiles import Profile, fixed_problem
 
@@ -73,17 +74,16 @@ def export_onnx(
         model: the model; it is run in eval mode without gradients, and left as it was found.
         args, kwargs: example arguments. Only tensors become inputs of the graph; anything else is fixed.
         path: the file; weights beyond `external_above` bytes go to `path` + ".data". Both are complete or absent.
-        form: how the experts' bodies order their work: "auto" (see `onnx_experts.choose_form`), one of
-            `onnx_bodies.FORMS`, or several as "few+many" or "few+some+many", by the number of selected experts in the
-            batch.
-        profiles: what the graph will be used for; "auto" takes what is fast there, and any number of tokens works.
+        form: how the experts' bodies order their work: "auto" (see `onnx_experts.choose_form`), "measured" (see
+            `onnx_timing.fastest`), one of `onnx_bodies.FORMS`, or several by the number of tokens (see `onnx_choice`).
+        profiles: what the graph will be used for; "auto" and "measured" take what is fast there; others work too.
         metadata: strings to keep in the file (recipe, evidence).
         opset: version of the standard operators.
 
     Raises:
         LatentizeError: the form, opset or dtype is not supported; the model cannot be captured; or it holds an operator
             that ONNX lacks, which is named with its place in the model.
-        MissingExtraError: onnx or onnxscript is not installed.
+        MissingExtraError: onnx, onnxscript or, to measure, onnxruntime is not installed.
         ResourceError: the disk is full.
     """
     _require("onnx", "onnxscript")
@@ -127,8 +127,9 @@ def _require(*packages: str) -> None:
 
 
 def _check_request(model: nn.Module, form: str, opset: int) -> None:
-    if form != "auto":
-        check_form(form)
+    check_form(form)
+    if form == "measured":
+        _require("onnxruntime")
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise LatentizeError(f"ONNX opset {opset} is not supported: expected {MIN_OPSET} to {MAX_OPSET}")
     for name, tensor in model.state_dict().items():

@@ -7,14 +7,14 @@ Bodies are built from the node's sizes, never traced: a 64-expert unrolled one t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from latentize.errors import LatentizeError
 from latentize.exporters import onnx_forms
-from latentize.exporters.onnx_costs import last_tokens
+from latentize.exporters.onnx_choice import check_text, limits_of, names_of
 from latentize.exporters.onnx_forms import NodeConfig, Values
 from latentize.exporters.onnx_fused import MICROSOFT, fused
 from latentize.exporters.onnx_nodes import DOUBLE, Nodes
@@ -29,7 +29,10 @@ ATTRIBUTES = ("activation", "alpha", "gate_min", "gate_max", "up_min", "up_max",
 
 Form = Callable[[Nodes, NodeConfig, Values], str]
 
-#: name -> how to build it. A form "few+many", or "few+some+many", takes one by the number of pairs in the batch.
+#: More pairs of a token and an expert than there are.
+_ANY = 1 << 31
+
+#: name -> how to build it. Of several in one body (`onnx_choice`), the number of tokens in flight takes one.
 FORMS: Mapping[str, Form] = MappingProxyType(
     {
         "loop": onnx_forms.loop,
@@ -55,7 +58,7 @@ def build_body(form: str, config: NodeConfig, opset: int, overload: str) -> onnx
     check_form(form)
     compute = DOUBLE if config.dtype == DOUBLE else TensorProto.FLOAT
     nodes = Nodes(compute)
-    result = _by_pairs(nodes, config, _inputs(nodes, config, compute), form.split("+"))
+    result = _by_tokens(nodes, config, _inputs(nodes, config, compute), names_of(form), limits_of(form, config))
     if config.dtype == compute:
         assert list(nodes.list[-1].output) == [result]
         nodes.list[-1].output[0] = "combined"
@@ -89,33 +92,26 @@ def _all_nodes(nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
 
 
 def check_form(form: str) -> None:
-    """Refuse a form that does not exist.
+    """Refuse what asks for no form that exists.
 
     Raises:
-        LatentizeError: naming the forms there are.
+        LatentizeError: naming the forms there are, or what is wrong with the numbers of tokens in it.
     """
-    if not all(part in FORMS for part in form.split("+", 2)):
-        known = ", ".join(FORMS)
-        raise LatentizeError(
-            f"ONNX form {form!r} is not known: expected auto, {known}, or several of them as few+many or few+some+many"
-        )
+    check_text(form, FORMS)
 
 
-def _by_pairs(nodes: Nodes, config: NodeConfig, v: Values, forms: Sequence[str], pairs: str = "") -> str:
-    """The first form for batches of few pairs, the others for larger ones; `pairs` is their number, if it is known."""
+def _by_tokens(
+    nodes: Nodes, config: NodeConfig, v: Values, forms: Sequence[str], limits: Sequence[int | None], pairs: str = ""
+) -> str:
+    """The first form for batches of few tokens, the others for larger ones; `pairs` is their number, if it is known."""
     few, *others = forms
     if not others:
         return FORMS[few](nodes, config, v)
     pairs = pairs or nodes.op("Size", v.indices)
-    small = nodes.op("LessOrEqual", pairs, nodes.constant(np.asarray(few_pairs(config, few, others[0]))))
+    limit, *rest = limits
+    most = nodes.constant(np.asarray(_ANY if limit is None else limit * config.top_k))
     return nodes.if_(
-        small,
-        lambda inner: FORMS[few](inner, config, v),
-        lambda inner: _by_pairs(inner, config, v, others, pairs),
+        nodes.op("Equal" if limit == 1 else "LessOrEqual", pairs, most),
+        lambda inner: FORMS[few](inner, config, replace(v, one_token=limit == 1)),
+        lambda inner: _by_tokens(inner, config, v, others, rest, pairs),
     )
-
-
-def few_pairs(config: NodeConfig, few: str, many: str) -> int:
-    """Up to how many (token, expert) pairs form `few` costs less than form `many`; at least one token's."""
-    tokens = last_tokens(config, few, many)
-    return (1 << 31) if tokens is None else tokens * config.top_k

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise, permutations
 from types import MappingProxyType
+from typing import Protocol
 
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.tensorrt_profiles import Profile
@@ -21,7 +22,7 @@ TOKENS = tuple(1 << power for power in range(11))
 #: Nanoseconds of a choice between two forms, in the graph.
 CHOICE = 8_000
 #: Forms that one body may hold, and what a further one must save somewhere: it may be one more copy of the weights.
-_MOST, _WORTH = 3, 0.02
+MOST, _WORTH = 3, 0.02
 #: Beyond this many tokens a form that is still the cheaper one always is.
 _ALWAYS = 1 << 16
 
@@ -52,43 +53,6 @@ PRICES: Mapping[str, Prices] = MappingProxyType(
         "loop": Prices(80_000, 0, 13_500, 0.328, 452, 0.0763, 0),
     }
 )
-
-
-@dataclass(frozen=True)
-class FormChoice:
-    """The body form of the node in module `block`: one form, or several by the number of tokens as "few+many".
-
-    `limits` has up to how many tokens each of them but the last is taken; None where that is always. `tokens` are the
-    numbers of tokens in flight that the form was chosen for: none where it was given.
-    """
-
-    block: str
-    form: str
-    limits: tuple[int | None, ...]
-    tokens: tuple[int, ...]
-
-    @classmethod
-    def of(cls, block: str, form: str, config: NodeConfig, tokens: tuple[int, ...]) -> FormChoice:
-        """What a body of this form does for a node with this config."""
-        limits = tuple(last_tokens(config, few, many) for few, many in pairwise(form.split("+")))
-        return cls(block, form, limits, tokens)
-
-    def describe(self) -> str:
-        """In words, without the block, e.g. "gather up to 3 tokens, then moe; chosen for 1 to 4 tokens in flight"."""
-        *earlier, last = self.form.split("+")
-        limits = ["at any number" if limit is None else f"up to {_tokens(limit)}" for limit in self.limits]
-        parts = [f"{form} {limit}" for form, limit in zip(earlier, limits, strict=True)]
-        taken = ", ".join([*parts, f"then {last}" if parts else last])
-        return f"{taken}; {f'chosen for {_spelt(self.tokens)} in flight' if self.tokens else 'as asked for'}"
-
-
-def _spelt(counts: Sequence[int]) -> str:
-    low, high = min(counts), max(counts)
-    return _tokens(low) if low == high else f"{low:,} to {_tokens(high)}"
-
-
-def _tokens(count: int) -> str:
-    return f"{count:,} token{'s'[: count != 1]}"
 
 
 def tokens_in_flight(profiles: Sequence[Profile]) -> tuple[int, ...]:
@@ -123,12 +87,33 @@ def cost(form: str, config: NodeConfig, tokens: int) -> float:
     return sum(price * amount for price, amount in zip(prices, amounts(form, config, tokens), strict=True))
 
 
+class Costs(Protocol):
+    """Nanoseconds that a form takes for so many tokens; hashable, since what follows from it is kept."""
+
+    def __call__(self, form: str, tokens: int, /) -> float:
+        """What this form takes for this many tokens."""
+
+    def __hash__(self) -> int:
+        """Equal for equal costs."""
+
+
+@dataclass(frozen=True)
+class Priced:
+    """What forms of a node cost by `PRICES`."""
+
+    config: NodeConfig
+
+    def __call__(self, form: str, tokens: int) -> float:
+        """Nanoseconds that a form takes for this many tokens."""
+        return cost(form, self.config, tokens)
+
+
 @lru_cache(maxsize=1024)
-def last_tokens(config: NodeConfig, few: str, many: str) -> int | None:
+def last_tokens(costs: Costs, few: str, many: str) -> int | None:
     """Up to how many tokens form `few` is cheaper than form `many`; None where it always is, 1 at least."""
 
     def cheaper(tokens: int) -> bool:
-        return cost(few, config, tokens) <= cost(many, config, tokens)
+        return costs(few, tokens) <= costs(many, tokens)
 
     low, high = 1, 2
     while cheaper(high):
@@ -141,32 +126,37 @@ def last_tokens(config: NodeConfig, few: str, many: str) -> int | None:
     return low
 
 
-def taken(config: NodeConfig, forms: Sequence[str], tokens: int) -> int:
+def taken(costs: Costs, forms: Sequence[str], tokens: int) -> int:
     """Which of its forms a body takes for this many tokens: the first that is cheaper than the one after it."""
     for place, (few, many) in enumerate(pairwise(forms)):
-        limit = last_tokens(config, few, many)
+        limit = last_tokens(costs, few, many)
         if limit is None or tokens <= limit:
             return place
     return len(forms) - 1
 
 
 @lru_cache(maxsize=256)
-def cheapest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS) -> tuple[str, ...]:
-    """Up to three of `forms`, for few, some and many tokens, that stay closest to the best of all over `tokens`.
+def ranked(costs: Costs, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS) -> tuple[tuple[str, ...], ...]:
+    """One to three of `forms`, for few, some and many tokens, those first that stay closest to the best over `tokens`.
 
     Where several do equally well there, they are judged over `TOKENS`: other numbers may come too. Copies of the
     weights of every pair, "gather", are never the form for many: their memory grows with the tokens.
     """
-    best = {count: min(cost(form, config, count) for form in forms) for count in {*tokens, *TOKENS}}
+    best = {count: min(costs(form, count) for form in forms) for count in {*tokens, *TOKENS}}
 
     def worst(chosen: tuple[str, ...], counts: tuple[int, ...]) -> float:
         def taking(count: int) -> float:
-            place = taken(config, chosen, count)
+            place = taken(costs, chosen, count)
             choices = min(place + 1, len(chosen) - 1)
-            return cost(chosen[place], config, count) + choices * CHOICE
+            return costs(chosen[place], count) + choices * CHOICE
 
         return max(taking(count) / best[count] for count in counts) + _WORTH * len(chosen)
 
-    several = (chosen for size in range(1, _MOST + 1) for chosen in permutations(forms, size))
+    several = (chosen for size in range(1, MOST + 1) for chosen in permutations(forms, size))
     safe = (chosen for chosen in several if chosen[-1] != "gather")
-    return min(safe, key=lambda chosen: (worst(chosen, tokens), worst(chosen, TOKENS)))
+    return tuple(sorted(safe, key=lambda chosen: (worst(chosen, tokens), worst(chosen, TOKENS))))
+
+
+def cheapest(costs: Costs, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS) -> tuple[str, ...]:
+    """The first of `ranked`."""
+    return ranked(costs, forms, tokens)[0]

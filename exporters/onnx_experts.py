@@ -11,7 +11,8 @@ import torch
 from latentize import ops as _ops  # noqa: F401 - defines torch.ops.latentize.latent_experts
 from latentize.activations import Activation
 from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body
-from latentize.exporters.onnx_costs import TOKENS, FormChoice, cheapest
+from latentize.exporters.onnx_choice import REQUESTS, FormChoice, names_of
+from latentize.exporters.onnx_costs import TOKENS, Priced, cheapest
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal
 
@@ -74,7 +75,8 @@ def attach_bodies(model: ir.Model, form: str, opset: int, tokens: tuple[int, ...
 
     Args:
         model: changed in place.
-        form: "auto" chooses what is fast at `tokens`.
+        form: the text of one (`onnx_choice`); "auto" chooses what should be fast at `tokens`, "measured" what is so on
+            this machine.
         opset: version of the standard operators.
         tokens: numbers of tokens in flight; the bodies are right for any other too.
 
@@ -88,7 +90,7 @@ def attach_bodies(model: ir.Model, form: str, opset: int, tokens: tuple[int, ...
 
     nodes = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
     configs = [node_config(node) for node in nodes]
-    chosen = {config: choose_form(config, configs, tokens) if form == "auto" else form for config in configs}
+    chosen = {config: _chosen(form, config, configs, tokens) for config in configs}
     for number, (config, name) in enumerate(chosen.items()):
         body = ir.from_proto(build_body(name, config, opset, _overload(name, number)))
         assert isinstance(body, ir.Function)
@@ -97,28 +99,48 @@ def attach_bodies(model: ir.Model, form: str, opset: int, tokens: tuple[int, ...
     overloads = {config: _overload(name, number) for number, (config, name) in enumerate(chosen.items())}
     for node, config in zip(nodes, configs, strict=True):
         node.overload = overloads[config]
-    counts = tokens if form == "auto" else ()
-    return tuple(FormChoice.of(place(n), chosen[c], c, counts) for n, c in zip(nodes, configs, strict=True))
+    how = REQUESTS.get(form, "asked")
+    counts = () if how == "asked" else tokens
+    return tuple(FormChoice.of(place(n), chosen[c], c, counts, how) for n, c in zip(nodes, configs, strict=True))
 
 
 def _overload(form: str, number: int) -> str:
-    return f"{form.replace('+', '_or_')}_{number}"
+    return f"{'_or_'.join(names_of(form))}_{number}"
+
+
+def _chosen(form: str, config: NodeConfig, every: Sequence[NodeConfig], tokens: tuple[int, ...]) -> str:
+    """The form that a request comes to for one node of a graph."""
+    if form == "auto":
+        return choose_form(config, every, tokens)
+    if form == "measured":
+        from latentize.exporters.onnx_timing import fastest
+
+        return fastest(config, candidates(config, every), tokens)
+    return form
 
 
 def choose_form(config: NodeConfig, every: Sequence[NodeConfig], tokens: tuple[int, ...] = TOKENS) -> str:
     """The form, or forms by the number of tokens, that cost least on CPU at `tokens`, for a node of a graph of `every`.
 
-    What they cost is in `onnx_costs`. Forms with nodes of their own for each expert take time to load and hold a second
-    copy of the weights: they count only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph, and dense
-    products, whose weights are transposed, only within the latter. onnxruntime's fused operator counts where it is
-    exact, and a loop over the active experts where it is not.
+    What they cost is in `onnx_costs`.
+    """
+    return "+".join(cheapest(Priced(config), candidates(config, every), tokens))
+
+
+def candidates(config: NodeConfig, every: Sequence[NodeConfig]) -> tuple[str, ...]:
+    """The forms that suit a node of a graph of `every`.
+
+    Forms with nodes of their own for each expert take time to load and hold a second copy of the weights: they count
+    only within `UNROLLED_EXPERTS` and `UNROLLED_BYTES` over the whole graph, and dense products, whose weights are
+    transposed, only within the latter. onnxruntime's fused operator counts where it is exact, and a loop over the
+    active experts where it is not.
     """
     forms = ["gather", "loop" if moe_refusal(config) else "moe"]
     if sum(c.weight_bytes for c in every) <= UNROLLED_BYTES:
         forms += ["dense"]
         if sum(c.num_experts for c in every) <= UNROLLED_EXPERTS:
             forms += ["batched", "unrolled"]
-    return "+".join(cheapest(config, tuple(forms), tokens))
+    return tuple(forms)
 
 
 def node_config(node: ir.Node) -> NodeConfig:

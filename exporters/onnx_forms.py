@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from latentize.activations import Activation
-from latentize.exporters.onnx_nodes import Nodes, activate
+from latentize.exporters.onnx_nodes import DOUBLE, Nodes, activate
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Values:
     gate_bias: str | None  # [N, m]
     up_bias: str | None  # [N, m]
     down_bias: str | None  # [N, l]
+    one_token: bool = False  # T is known to be 1
 
     def stacks(self) -> list[str]:
         """The weights and biases that are there."""
@@ -233,8 +234,7 @@ def loop(nodes: Nodes, config: NodeConfig, v: Values) -> str:
 def dense(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """Every expert on every token, as three wide matrix products; what a token did not select is multiplied by zero."""
     n, m, width = config.num_experts, config.intermediate_size, config.latent_dim
-    # [T, N, k]: which of a token's choices an expert is; of an index >= N there is none
-    chosen = nodes.op("OneHot", v.indices, nodes.constant(np.asarray(n)), nodes.floats(0.0, 1.0), axis=1)
+    chosen = _chosen(nodes, config, v)
     weights = nodes.op("MatMul", chosen, nodes.reshape(v.weights, -1, config.top_k, 1))
 
     def by_expert(factor: str, value: str) -> str:
@@ -256,6 +256,13 @@ def dense(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     return nodes.op("Add", output, nodes.op("MatMul", nodes.reshape(weights, -1, n), v.down_bias))
 
 
+def _chosen(nodes: Nodes, config: NodeConfig, v: Values) -> str:
+    """[T, N, k] ones where an expert is a token's choice; of an index >= N there is none."""
+    depth = nodes.constant(np.asarray(config.num_experts))
+    chosen = nodes.op("OneHot", v.indices, depth, nodes.constant(np.asarray([0, 1], np.float32)), axis=1)
+    return nodes.op("Cast", chosen, to=DOUBLE) if nodes.dtype == DOUBLE else chosen  # onnxruntime has no other on CPU
+
+
 def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
     """Every pair's own matrices are gathered: for few tokens, where the weights read are all that counts."""
     index, weights, ones = v.indices, v.weights, None
@@ -263,6 +270,9 @@ def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
         ones = nodes.op("Cast", present(nodes, config, v), to=nodes.dtype)
         index = nodes.op("Min", index, nodes.constant(np.asarray(config.num_experts - 1)))
         weights = nodes.op("Mul", weights, ones)
+    factors = ones if config.weights_on_input else weights
+    if v.one_token and config.weight_bytes <= _COPIED:
+        return _gather_once(nodes, config, v, index, weights, factors)
     x = nodes.reshape(v.hidden, -1, 1, config.latent_dim, 1)
     if config.weights_on_input:
         x = nodes.op("Mul", x, nodes.reshape(weights, -1, config.top_k, 1, 1))
@@ -279,7 +289,28 @@ def gather(nodes: Nodes, config: NodeConfig, v: Values) -> str:
         gate = None if v.gate is None else linear(v.gate, v.gate_bias, x)
         hidden = activate(nodes, config.activation, gate, linear(v.up, v.up_bias, x))
     outputs = linear(v.down, v.down_bias, hidden)
-    factors = ones if config.weights_on_input else weights
     if factors is not None:
         outputs = nodes.op("Mul", outputs, nodes.reshape(factors, -1, config.top_k, 1, 1))
     return nodes.op("ReduceSum", outputs, nodes.ints(1, 3), keepdims=0)
+
+
+def _gather_once(
+    nodes: Nodes, config: NodeConfig, v: Values, index: str, weights: str, factors: str | None
+) -> str:  # fmt: skip
+    """`gather` for one token: it is a row as it comes, and its experts' outputs are combined by one product."""
+    x = v.hidden
+    if config.weights_on_input:
+        x = nodes.op("Mul", x, nodes.reshape(weights, 1, config.top_k, 1, 1))
+
+    def linear(weight: str, bias: str | None, value: str) -> str:
+        out = nodes.op("MatMul", value, nodes.op("Gather", nodes.transposed(weight), index))  # [1, k, 1, *]
+        if bias is None:
+            return out
+        rows = nodes.op("Unsqueeze", bias, nodes.ints(1))
+        return nodes.op("Add", out, nodes.op("Gather", rows, index))
+
+    hidden = _activate_joined(nodes, config, linear(*_joined(nodes, config, v), x), 3)
+    outputs = linear(v.down, v.down_bias, hidden)
+    if factors is None:
+        return nodes.op("ReduceSum", outputs, nodes.ints(1, 2), keepdims=0)
+    return nodes.op("MatMul", factors, nodes.op("Squeeze", outputs, nodes.ints(0, 2)))

@@ -57,12 +57,6 @@ class Nodes:
 
         return self._constant(helper.make_tensor(self.fresh("scalar"), self.dtype, [], [value]))
 
-    def floats(self, *values: float) -> str:
-        """A constant vector of the builder's floating-point type."""
-        from onnx import helper
-
-        return self._constant(helper.make_tensor(self.fresh("floats"), self.dtype, [len(values)], values))
-
     def constant(self, value: npt.NDArray[Any]) -> str:
         """A constant with the array's own type."""
         from onnx import numpy_helper

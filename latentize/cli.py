@@ -171,7 +171,8 @@ def _common(command: Callable[..., Any]) -> Callable[..., Any]:
     "--onnx-form",
     default="auto",
     metavar="FORM",
-    help="How the experts' graph orders its work: auto, loop, unrolled, batched, dense, gather, moe, or few+some+many.",
+    help="How the experts' graph orders its work: auto (by usual costs), measured (what is fastest on this machine), "
+    "loop, unrolled, batched, dense, gather, moe, or several by the number of tokens, gather:1+dense:16+batched.",
 )
 @click.option(
     "--profile",
@@ -294,9 +295,7 @@ def compare(
 @click.option("--original", metavar="MODEL", help="The original, where it is no longer where it was.")
 @click.option("--fused", is_flag=True, help="Time both as captured graphs too, the converted one with its fusions.")
 @_common
-def bench(
-    out: Path, original: str | None, fused: bool, verbose: int, quiet: bool, log_file: Path | None
-) -> None:
+def bench(out: Path, original: str | None, fused: bool, verbose: int, quiet: bool, log_file: Path | None) -> None:
     """Time the converted model in OUT and its original, in PyTorch and, where exported, in onnxruntime."""
     _start(verbose, quiet, log_file)
     from latentize import run_compare

@@ -23,7 +23,7 @@ from latentize.blocks import Block, Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
 from latentize.comparison import Comparison
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError
-from latentize.exporters.onnx_costs import FormChoice
+from latentize.exporters.onnx_choice import FormChoice
 from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
 from latentize.load_balance import ExpertLoad

@@ -21,7 +21,7 @@ from latentize.checkpoints import Checkpoints, fingerprint
 from latentize.compare import Evaluation, Gate, loss_gate, output_agreement, require
 from latentize.conversion import Prepared, Rewritten, Start, Survey
 from latentize.errors import LatentizeError, MissingExtraError, NothingToRewriteError
-from latentize.exporters.onnx_costs import FormChoice
+from latentize.exporters.onnx_choice import FormChoice
 from latentize.exporters.tensorrt import Engine
 from latentize.heal import HealPlan
 from latentize.heal_job import split_batches

@@ -12,6 +12,7 @@ from latentize.compare import Gate, Unmade
 from latentize.compare_inputs import own_length
 from latentize.conversion import Prepared
 from latentize.errors import GateError, LatentizeError
+from latentize.exporters.onnx_choice import REQUESTS
 from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.inputs import Inputs
 from latentize.plan import make_plan
@@ -44,12 +45,14 @@ def original(job: Job, folder: Path) -> Path | None:
     with job.steps.step("export"):
         canonical = conversion.canonical(job.source.model, job.survey.selected)
         profiles = run_onnx.profiles_of(job.options.recipe)
-        path = run_onnx.export_original(job.source, canonical.model, folder, profiles)
         recipe, form = job.options.recipe, job.options.onnx_form
-        if recipe.dtype is not None or form != "auto":
+        left_to_us = form in REQUESTS
+        own = form if left_to_us else "auto"  # the graph to compare with is as fast as it can be
+        path = run_onnx.export_original(job.source, canonical.model, folder, own, profiles)
+        if recipe.dtype is not None or not left_to_us:
             specs = {name: conversion.in_dtype(spec, recipe) for name, spec in canonical.specs.items()}
             trial = conversion.rewrite(job.source.model, job.survey.selected, specs)
-            run_onnx.check_in_form(job.source, trial.model, form, folder)
+            run_onnx.check_in_form(job.source, trial.model, "auto" if left_to_us else form, folder)
         notes: list[str] = []
         job.onnx = run_onnx.agreement("original", path, canonical.model, job.source, notes)
         if any(math.isinf(row.relative_error) for row in job.onnx):

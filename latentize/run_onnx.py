@@ -37,7 +37,9 @@ TOKENS = (1, 16, 256)
 _DRAWS = 8
 
 
-def export_original(source: Source, canonical: nn.Module, folder: Path, profiles: Sequence[Profile] = ()) -> Path:
+def export_original(
+    source: Source, canonical: nn.Module, folder: Path, form: str = "auto", profiles: Sequence[Profile] = ()
+) -> Path:
     """Export the original with its blocks in canonical form, as the graph to compare the rewritten one with.
 
     It comes first in a run: what stops it would stop the rewritten model too, after all the work.
@@ -49,7 +51,7 @@ def export_original(source: Source, canonical: nn.Module, folder: Path, profiles
 
     path = folder / ORIGINAL
     metadata = {"latentize.model": "original"}
-    export_onnx(canonical, source.args, source.kwargs, path, profiles=profiles, metadata=metadata)
+    export_onnx(canonical, source.args, source.kwargs, path, form=form, profiles=profiles, metadata=metadata)
     return path
 
 
@@ -100,7 +102,7 @@ def export_rewritten(
 ) -> OnnxExport:
     """Export the rewritten model, its experts' bodies in a form, with its recipe and evidence among the metadata.
 
-    Form "auto" goes by the recipe's profiles.
+    Forms "auto" and "measured" go by the recipe's profiles.
 
     Raises:
         LatentizeError: the model cannot be exported.

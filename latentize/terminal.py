@@ -10,7 +10,7 @@ from rich.table import Table
 from latentize.bench import Latency, Timing
 from latentize.blocks import Block
 from latentize.compare import Evaluation, Gate, OutputAgreement
-from latentize.exporters.onnx_costs import FormChoice
+from latentize.exporters.onnx_choice import FormChoice
 from latentize.load_balance import ExpertLoad
 from latentize.outlook import SHOWN, Outlook
 from latentize.report import BlockRecord, File, OnnxAgreement, Plan

@@ -22,24 +22,19 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
-from latentize.exporters import onnx_bodies  # noqa: E402
-from latentize.exporters.onnx_bodies import DOMAIN, FORMS, INPUTS, OP_TYPE, build_body, few_pairs  # noqa: E402
+from latentize.exporters.onnx_bodies import DOMAIN, FORMS, INPUTS, OP_TYPE, build_body  # noqa: E402
+from latentize.exporters.onnx_costs import Priced, last_tokens  # noqa: E402
 from latentize.exporters.onnx_forms import NodeConfig  # noqa: E402
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal  # noqa: E402
 
 N, K, L, M = 6, 3, 8, 5
-COMPOSED = (*FORMS, "moe+unrolled", "gather+dense+batched", "gather+moe+batched", "loop+unrolled")
+#: Bodies of several take their first branch for one token, their last for many, one in between for a few.
+COMPOSED = (*FORMS, "moe:1+unrolled", "gather:1+dense:3+batched", "gather:2+moe:3+batched", "loop:1+unrolled")
 TOKENS = (1, 3, 16)
 # fp32 on one side, fp64 on the other, sums of at most 24 terms: a few times 1e-7 is expected.
 TOLERANCE = 1e-5
 
 CLAMPED = Activation("silu", alpha=1.702, gate_max=0.7, up_min=-0.7, up_max=0.7, up_offset=1.0)
-
-
-@pytest.fixture(autouse=True)
-def both_branches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form of several takes its first branch for one token, its last for many, dense in between for a few."""
-    monkeypatch.setattr(onnx_bodies, "few_pairs", lambda _config, few, _many: 3 * K if few == "dense" else K)
 
 
 def make_experts(*, gated: bool = True, biases: bool = False, activation: Activation | None = None) -> ExpertsSpec:
@@ -167,6 +162,7 @@ def test_weights_on_the_input(form: str, name: str) -> None:
     for gated, biases in itertools.product((True, False), (True, False)):
         experts = make_experts(gated=gated, biases=biases, activation=Activation(name))
         assert worst_error(form, experts, on_input=True) < TOLERANCE
+        assert worst_error(form, experts, on_input=True, named=True) < TOLERANCE
         assert worst_error(form, experts, on_input=True, missing=True) < TOLERANCE
 
 
@@ -225,22 +221,22 @@ def test_the_fused_form_refuses_what_it_cannot_express() -> None:
 
 
 def test_unknown_forms_are_refused_by_name() -> None:
-    with pytest.raises(LatentizeError, match="form 'fast' is not known: expected auto, loop"):
+    with pytest.raises(LatentizeError, match="form 'fast' is not known: expected auto, measured, loop"):
         build_body("fast", node_config(make_experts()), 20, "only")
 
 
 def test_the_larger_the_experts_the_earlier_the_unrolled_form_wins() -> None:
-    def limit(size: int) -> int:
+    def limit(size: int) -> int | None:
         config = NodeConfig(64, 8, size, size, TensorProto.FLOAT, Activation(), ("gate",), False)
-        return few_pairs(config, "moe", "unrolled")
+        return last_tokens(Priced(config), "moe", "unrolled")
 
-    assert limit(32) > 64 > limit(512) >= 8
+    assert limit(32) > 8 > limit(512) >= 1
 
 
 def test_all_experts_are_run_while_few_are_idle() -> None:
-    def limit(experts: int, k: int) -> int:
+    def limit(experts: int, k: int) -> int | None:
         config = NodeConfig(experts, k, 64, 64, TensorProto.FLOAT, Activation(), ("gate",), False)
-        return few_pairs(config, "dense", "batched")
+        return last_tokens(Priced(config), "dense", "batched")
 
-    assert limit(8, 5) == 1 << 31  # hardly any is idle
-    assert limit(32, 8) // 8 > limit(128, 8) // 8 > limit(128, 2) // 2 > 0  # in tokens
+    assert limit(8, 5) is None  # hardly any is idle
+    assert limit(32, 8) > limit(128, 8) > limit(128, 2) > 0

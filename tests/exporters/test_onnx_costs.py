@@ -10,11 +10,12 @@ from latentize.exporters.onnx_costs import (
     CHOICE,
     PRICES,
     TOKENS,
-    FormChoice,
+    Priced,
     amounts,
     cheapest,
     cost,
     last_tokens,
+    ranked,
     taken,
     tokens_in_flight,
 )
@@ -40,7 +41,7 @@ def test_amounts_are_those_of_the_routing() -> None:
 @pytest.mark.parametrize(("few", "many"), [("gather", "moe"), ("dense", "batched"), ("moe", "unrolled")])
 def test_one_form_overtakes_the_other_past_the_last_tokens(few: str, many: str) -> None:
     config = make_config()
-    last = last_tokens(config, few, many)
+    last = last_tokens(Priced(config), few, many)
     assert last is not None
     assert cost(few, config, last) <= cost(many, config, last)
     assert cost(few, config, last + 1) > cost(many, config, last + 1)
@@ -49,36 +50,36 @@ def test_one_form_overtakes_the_other_past_the_last_tokens(few: str, many: str) 
 def test_a_form_that_is_never_or_always_cheaper() -> None:
     large = make_config(latent=512, m=512)
     assert cost("gather", large, 1) > cost("moe", large, 1)
-    assert last_tokens(large, "gather", "moe") == 1
-    assert last_tokens(make_config(n=4, k=4, latent=16, m=16), "dense", "loop") is None
+    assert last_tokens(Priced(large), "gather", "moe") == 1
+    assert last_tokens(Priced(make_config(n=4, k=4, latent=16, m=16)), "dense", "loop") is None
 
 
 @pytest.mark.parametrize("n, k", [(8, 2), (16, 4), (32, 8), (64, 4), (128, 8)])
 @pytest.mark.parametrize("latent, m", [(16, 32), (64, 64), (128, 64), (128, 512), (512, 256)])
 def test_what_is_chosen_stays_close_to_the_cheapest(n: int, k: int, latent: int, m: int) -> None:
     config = make_config(n, k, latent, m)
-    chosen = cheapest(config, FORMS)
+    chosen = cheapest(Priced(config), FORMS)
     assert 1 <= len(chosen) <= 3
     assert len(set(chosen)) == len(chosen)
     for tokens in (1, 4, 16, 64, 256):
         best = min(cost(form, config, tokens) for form in FORMS)
-        assert cost(chosen[taken(config, chosen, tokens)], config, tokens) <= 1.1 * best + CHOICE
+        assert cost(chosen[taken(Priced(config), chosen, tokens)], config, tokens) <= 1.1 * best + CHOICE
 
 
 def test_a_choice_is_left_out_where_it_costs_more_than_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(n=32, k=4, latent=32, m=32)
-    assert "gather" in cheapest(config, FORMS)
+    assert "gather" in cheapest(Priced(config), FORMS)
     monkeypatch.setattr(onnx_costs, "CHOICE", 1e6)
-    cheapest.cache_clear()
-    assert len(cheapest(config, FORMS)) == 1
-    cheapest.cache_clear()
+    ranked.cache_clear()
+    assert len(cheapest(Priced(config), FORMS)) == 1
+    ranked.cache_clear()
 
 
 def test_only_the_forms_that_are_allowed_are_chosen() -> None:
-    assert set(cheapest(make_config(), ("gather", "loop"))) <= {"gather", "loop"}
+    assert set(cheapest(Priced(make_config()), ("gather", "loop"))) <= {"gather", "loop"}
     narrow = make_config(n=128, k=2, latent=8, m=8)
     assert cost("gather", narrow, 1024) < cost("moe", narrow, 1024)
-    assert cheapest(narrow, ("gather", "moe"))[-1] == "moe"  # copies for every pair would take too much memory
+    assert cheapest(Priced(narrow), ("gather", "moe"))[-1] == "moe"  # copies for every pair would take too much memory
     assert set(PRICES) == {*FORMS, "loop"}
 
 
@@ -106,44 +107,33 @@ def test_tokens_in_flight_are_the_profiles_whole_batches(texts: tuple[str, ...],
 @pytest.mark.parametrize("use", ["1:1:4x1", "1x256:1024:4096"])
 def test_a_profile_gets_what_is_cheapest_at_its_tokens(use: str, n: int, k: int, latent: int, m: int) -> None:
     config, tokens = make_config(n, k, latent, m), tokens_in_flight(profiles(use))
-    chosen, usual = cheapest(config, FORMS, tokens), cheapest(config, FORMS)
+    chosen, usual = cheapest(Priced(config), FORMS, tokens), cheapest(Priced(config), FORMS)
     assert chosen[-1] != "gather"
 
     def worst(forms: tuple[str, ...]) -> float:
         times = {}
         for count in tokens:
-            place = taken(config, forms, count)
+            place = taken(Priced(config), forms, count)
             times[count] = cost(forms[place], config, count) + CHOICE * min(place + 1, len(forms) - 1)
         return max(times[count] / min(cost(form, config, count) for form in FORMS) for count in tokens)
 
     assert worst(chosen) <= worst(usual) + 0.02 * (len(usual) - len(chosen))  # what a form more must save
     for count in tokens:
-        mine = cost(chosen[taken(config, chosen, count)], config, count)
+        mine = cost(chosen[taken(Priced(config), chosen, count)], config, count)
         assert mine <= 1.1 * min(cost(form, config, count) for form in FORMS) + CHOICE
 
 
 def test_decoding_and_prefilling_get_bodies_of_their_own() -> None:
     config = make_config(n=64, k=8, latent=128, m=512)
     uses = ("1:1:4x1", "1x256:1024:4096")
-    decode, prefill = (cheapest(config, FORMS, tokens_in_flight(profiles(use))) for use in uses)
+    decode, prefill = (cheapest(Priced(config), FORMS, tokens_in_flight(profiles(use))) for use in uses)
     assert (decode, prefill) == (("batched",), ("unrolled",))
-    assert cheapest(config, FORMS) == ("batched", "unrolled")
+    assert cheapest(Priced(config), FORMS) == ("batched", "unrolled")
 
 
 def test_where_several_do_equally_well_the_usual_tokens_decide() -> None:
     """At one token copies of the weights are best, whatever comes after them."""
     config = make_config(n=64, k=2, latent=64, m=64)
-    assert {taken(config, ("gather", form), 1) for form in ("dense", "moe")} == {0}
+    assert {taken(Priced(config), ("gather", form), 1) for form in ("dense", "moe")} == {0}
     assert cost("moe", config, 64) < cost("dense", config, 64) / 2
-    assert cheapest(config, ("gather", "dense", "moe"), (1,)) == ("gather", "moe")
-
-
-def test_a_choice_is_said_in_words() -> None:
-    config = make_config(latent=512, m=512)
-    assert FormChoice.of("b", "moe", config, (1,)).describe() == "moe; chosen for 1 token in flight"
-    assert FormChoice.of("b", "moe", config, ()).describe() == "moe; as asked for"
-    two = FormChoice.of("b", "gather+moe", config, (1, 2, 4096))
-    assert two.limits == (last_tokens(config, "gather", "moe"),) == (1,)
-    assert two.describe() == "gather up to 1 token, then moe; chosen for 1 to 4,096 tokens in flight"
-    tiny = make_config(n=4, k=4, latent=16, m=16)
-    assert "dense at any number, then loop" in FormChoice.of("b", "dense+loop", tiny, ()).describe()
+    assert cheapest(Priced(config), ("gather", "dense", "moe"), (1,)) == ("gather", "moe")

@@ -283,6 +283,26 @@ def test_the_form_of_the_graph_is_the_one_asked_for(net, capsys):
     assert set(json.loads(kept["latentize.forms"]).values()) == {"loop"}
 
 
+def test_the_form_can_be_what_is_fastest_here_for_both_graphs(net, capsys, monkeypatch):
+    from latentize.exporters import onnx_timing
+
+    timed, really = {}, onnx_timing.fastest
+
+    def fastest(config, *rest):
+        timed[config.latent_dim] = really(config, *rest)
+        return timed[config.latent_dim]
+
+    monkeypatch.setattr(onnx_timing, "SECONDS", 0.01)
+    monkeypatch.setattr(onnx_timing, "fastest", fastest)
+    arguments = ("net.py", "-o", "out", "--latent-dim", "8", "--heal", "0", "--export", "onnx")
+    code, out, err = call(capsys, *arguments, "--onnx-form", "measured", "--profile", "1x64")
+    assert code == 0, err
+    assert set(timed) == {16, 8}
+    (choice,) = report.read(net / "out").forms
+    assert (choice.form, choice.how, choice.tokens) == (timed[8], "measured", (64,))
+    assert "fastest of those timed on the exporting machine for 64 tokens in flight" in " ".join(out.split())
+
+
 def test_the_graph_is_shaped_for_the_profile_and_agrees_at_other_lengths_too(net, capsys):
     import onnx
 
