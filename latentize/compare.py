@@ -67,12 +67,21 @@ class OutputAgreement:
 
 @dataclass(frozen=True)
 class Gate:
-    """One limit that a conversion had to keep: `value` <= `limit`. A value that is not a number does not keep it."""
+    """One limit that a conversion had to keep: `value` <= `limit`. A value that is not a number does not keep it.
+
+    What could not be `made` at all, for a reason that is among the warnings, fails too.
+    """
 
     name: str
     value: float
     limit: float
     passed: bool
+    made: bool = True
+
+    @classmethod
+    def unmade(cls, name: str) -> Gate:
+        """The gate of something that could not be made."""
+        return cls(name, math.inf, 0.0, passed=False, made=False)
 
     @classmethod
     def of(cls, name: str, value: float, limit: float) -> Gate:
@@ -81,20 +90,9 @@ class Gate:
 
     def describe(self) -> str:
         """What it is and what it may be."""
+        if not self.made:
+            return f"{self.name}: none"
         return f"{self.name} is {self.value:.4g}, allowed {self.limit:.4g}"
-
-
-@dataclass(frozen=True)
-class Unmade(Gate):
-    """The gate of something that could not be made at all, for a reason that is among the warnings."""
-
-    value: float = math.inf
-    limit: float = 0.0
-    passed: bool = False
-
-    def describe(self) -> str:
-        """That there is none."""
-        return f"{self.name}: none"
 
 
 def evaluate_pair(original: nn.Module, rewritten: nn.Module, evaluate: Evaluate) -> Evaluation:
@@ -217,7 +215,7 @@ def require(gates: Sequence[Gate]) -> None:
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         what = "; ".join(gate.describe() for gate in failed)
-        unmade = all(isinstance(gate, Unmade) for gate in failed)
+        unmade = not any(gate.made for gate in failed)
         advice = "The report says why" if unmade else "Lower the compression, heal longer, or allow more"
         raise GateError(f"gate failed: {what}. {advice}")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentize import api, conversion
-from latentize.compare import Gate, Unmade
+from latentize.compare import Gate
 from latentize.compare_inputs import own_length
 from latentize.conversion import Prepared
 from latentize.errors import GateError, LatentizeError
@@ -117,8 +117,8 @@ def graphs(
                 strict = bool(job.options.recipe.profiles)
                 job.engines.extend(tensorrt.build(folder, profiles=_profiles(job), strict=strict, progress=progress))
             except LatentizeError as error:  # what was converted is kept, and the command fails
-                job.warnings.append(str(error))
-                gates.append(Unmade("TensorRT engine"))
+                job.warnings.append(str(error).replace(str(folder), str(job.options.out)))
+                gates.append(Gate.unmade("TensorRT engine"))
     for r in rows:
         title = "ONNX against PyTorch" if r.backend == run_onnx.ONNXRUNTIME else f"{r.backend} against PyTorch"
         gates.append(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance))

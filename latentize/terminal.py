@@ -178,7 +178,8 @@ def print_end(
 ) -> None:
     """Gates, warnings and where every file is."""
     for gate in (gate for gate in gates if not gate.passed or "against PyTorch" not in gate.name):
-        console.print(f"Gate {gate.name}: {gate.value:.4g}, allowed {gate.limit:.4g}: {verdict(gate.passed)}")
+        value = f"{gate.value:.4g}, allowed {gate.limit:.4g}" if gate.made else "none could be made"
+        console.print(f"Gate {gate.name}: {value}: {verdict(gate.passed)}")
     for warning in warnings:
         console.print(f"Note: {plain(warning)}")
     if files:

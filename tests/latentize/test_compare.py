@@ -9,7 +9,6 @@ from torch import nn
 from latentize.compare import (
     Evaluation,
     Gate,
-    Unmade,
     block_errors,
     evaluate_pair,
     loss_gate,
@@ -204,8 +203,8 @@ def test_a_gate_on_a_value_that_is_not_a_number_fails():
 
 def test_a_gate_of_something_that_could_not_be_made_gives_no_advice_on_accuracy():
     with pytest.raises(GateError, match=r"gate failed: TensorRT engine: none\. The report says why$"):
-        require([Unmade("TensorRT engine"), Gate.of("error", 1.0, 1.0)])
+        require([Gate.unmade("TensorRT engine"), Gate.of("error", 1.0, 1.0)])
     with pytest.raises(GateError, match=r"TensorRT engine: none; error is 2, allowed 1\. Lower the compression"):
-        require([Unmade("TensorRT engine"), Gate.of("error", 2.0, 1.0)])
+        require([Gate.unmade("TensorRT engine"), Gate.of("error", 2.0, 1.0)])
     with pytest.raises(GateError, match=r"error is inf, allowed 0\. Lower the compression"):
         require([Gate.of("error", math.inf, 0.0)])

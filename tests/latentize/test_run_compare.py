@@ -10,7 +10,9 @@ import torch
 from command_line import call
 from onnx_backends import graphs
 
+import latentize
 from latentize import report
+from latentize.errors import LatentizeError
 from latentize.exporters import onnxruntime_ops
 from latentize.run_build import describe
 
@@ -219,6 +221,31 @@ def test_a_conversion_builds_the_engines_of_its_recipe(converted, tmp_path, caps
     assert list(engine.profiles[0].values()) == [((1, 16), (2, 16), (40, 16))]
     assert (tmp_path / "out" / engine.file).stat().st_size == engine.bytes
     assert "model.portable.engine" in shown
+
+
+def test_an_engine_that_cannot_be_built_fails_the_run_and_keeps_what_was_converted(
+    converted, tmp_path, capsys, monkeypatch
+):
+    def refuse(folder, **_options):
+        raise LatentizeError(f"{folder / 'model.onnx'}: TensorRT rejects node 7")
+
+    monkeypatch.setattr("latentize.run_compare.require_tensorrt", lambda _: None)
+    monkeypatch.setattr("latentize.exporters.tensorrt.build", refuse)
+    out = tmp_path / "out"
+    arguments = ("-o", out, "--latent-dim", "8", "--heal", "0", "--export", "tensorrt")
+    code, shown, err = call(capsys, converted.parent / "net.py", *arguments)
+    assert code == 4
+    assert "gate failed: TensorRT engine: none. The report says why" in err
+    words = " ".join(shown.split())
+    assert "Gate TensorRT engine: none could be made: FAILED" in words
+    assert "inf" not in words.partition("Gate TensorRT")[2].partition("Note")[0]
+    said = f"{out / 'model.onnx'}: TensorRT rejects node 7"
+    assert said.replace(" ", "") in shown.replace("\n", "").replace(" ", "")
+    made = report.read(out)
+    assert said in made.warnings
+    assert [gate.made for gate in made.gates if gate.name == "TensorRT engine"] == [False]
+    assert "Gate failed: TensorRT engine: none could be made." in (out / "report.html").read_text()
+    assert latentize.load(out)(torch.randn(3, 16)).shape == (3, 16)
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-native"])
