@@ -3,7 +3,7 @@
     python benchmarks/onnx_forms.py forms            one latent-experts node, every form
     python benchmarks/onnx_forms.py sample           the trained sample, converted by its weights, in every form
     python benchmarks/onnx_forms.py profiles         the forms chosen for decoding, for prefilling and for everything
-    python benchmarks/onnx_forms.py blocks           whole blocks, form "auto": the original and each variant,
+    python benchmarks/onnx_forms.py blocks           whole blocks, form "measured": the original and each variant,
                                                      by standard operators and with latentize's own, and the
                                                      original as torch.onnx exports transformers' own code
 
@@ -73,7 +73,7 @@ def main() -> None:
     rows = measures[what]()
     keep("onnx_" + what, rows, ("sizes", "graph", "tokens"))
     columns = {"sizes": "", "graph": "", "tokens": "", "ms": ".3f", "ratio": ".2f"}
-    print(table(rows, {**columns, "alike": ".2f"} if what == "blocks" else columns))
+    print(table(rows, columns | ({"alike": ".2f"} if what == "blocks" else {"form": ""})))
 
 
 def measure_forms() -> list[dict[str, Any]]:
@@ -101,8 +101,7 @@ def measure_forms() -> list[dict[str, Any]]:
                 "auto": auto, f"profile 1x{tokens}": alone[tokens],
                 "measured": measured, f"measured, profile 1x{tokens}": timed[tokens],
             }  # fmt: skip
-            chosen = {f"{how} ({form})": times[form] for how, form in taken.items()}
-            rows += beside_the_best(sizes, tokens, {form: times[form] for form in FORMS if form in times}, chosen)
+            rows += beside_the_best(sizes, tokens, times, taken)
     return rows
 
 
@@ -120,7 +119,7 @@ def measure_sample() -> list[dict[str, Any]]:
         model = latentize.convert(stdlib_lm.build_model(), kwargs=inputs, recipe=recipe).model.eval()
         sessions = {}
         with tempfile.TemporaryDirectory() as folder:
-            for form in (*FORMS, "auto"):
+            for form in (*FORMS, "auto", "measured"):
                 export_onnx(model, (), inputs, path := Path(folder) / f"{form}.onnx", form=form)
                 sessions[form] = open_session(path, threads=1)
         for tokens in TOKENS:
@@ -133,18 +132,19 @@ def measure_sample() -> list[dict[str, Any]]:
                 for form, session in sessions.items()
             }
             times = interleaved(calls, SECONDS)
-            rows += beside_the_best(f"sample, {variant}", tokens, times, {"auto": times.pop("auto")})
+            rows += beside_the_best(f"sample, {variant}", tokens, times, {how: how for how in ("auto", "measured")})
     return rows
 
 
 def beside_the_best(
-    sizes: str, tokens: int, forms: Mapping[str, float], chosen: Mapping[str, float]
+    sizes: str, tokens: int, times: Mapping[str, float], chosen: Mapping[str, str]
 ) -> list[dict[str, Any]]:
-    """A row for the milliseconds of each form and of each choice."""
-    best = min(forms.values())
+    """A row for the milliseconds of each form and of each choice: how it came about, and which of the times is its."""
+    best = min(times[form] for form in FORMS if form in times)
+    timed = {form: form for form in FORMS if form in times} | chosen
     return [
-        {"sizes": sizes, "graph": name, "tokens": tokens, "ms": ms, "ratio": ms / best}
-        for name, ms in (*forms.items(), *chosen.items())
+        {"sizes": sizes, "graph": name, "tokens": tokens, "form": form, "ms": times[form], "ratio": times[form] / best}
+        for name, form in timed.items()
     ]
 
 
@@ -163,9 +163,8 @@ def measure_profiles() -> list[dict[str, Any]]:
             times = interleaved({form: runner(session, feeds) for form, session in sessions.items()}, SECONDS)
             for use, form in chosen.items():
                 ms, usual = times[form], times[chosen["usual"]]
-                rows.append(
-                    {"sizes": sizes, "graph": f"{use} ({form})", "tokens": tokens, "ms": ms, "ratio": ms / usual}
-                )
+                row = {"sizes": sizes, "graph": use, "tokens": tokens, "form": form, "ms": ms, "ratio": ms / usual}
+                rows.append(row)
     return rows
 
 
@@ -188,7 +187,7 @@ def measure_blocks() -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             sessions = {}
             for name, block in variants.items():
-                export_onnx(block, (torch.zeros(2, 5, d),), {}, path := Path(folder) / f"{name}.onnx")
+                export_onnx(block, (torch.zeros(2, 5, d),), {}, path := Path(folder) / f"{name}.onnx", form="measured")
                 for ours, library in operators.items():
                     sessions[name + ours] = open_session(path, threads=1, operator=library)
             export_by_torch(d, m, n, k, path := Path(folder) / "by_torch.onnx")
