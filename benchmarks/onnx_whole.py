@@ -1,7 +1,8 @@
 """Whole models in onnxruntime: does the trained sample say the same there, and how long does a deep and wide one take?
 
     python benchmarks/onnx_whole.py text      the trained sample and its conversion generate text, token by token
-    python benchmarks/onnx_whole.py wide      48 layers of 128 experts, tiny widths: time to export, load and run
+    python benchmarks/onnx_whole.py wide      48 layers of 128 experts, tiny widths, alone and with the attention of
+                                              transformers' Qwen3: time to export, load and run
 
 Times are CPU seconds of this process, so that a busy machine disturbs them little. Ends with status 1 where a token
 differs or a time is past its limit.
@@ -91,8 +92,14 @@ def in_onnxruntime(path: Path, prompt: Tensor, inputs: Mapping[str, Any]) -> Ten
 
 
 def wide() -> list[dict[str, Any]]:
-    """Export, load and run a model of many layers and experts."""
-    name, model, ids = f"{LAYERS} × {EXPERTS} experts", Wide(), torch.zeros(2, 8, dtype=torch.long)
+    """Export, load and run models of many layers and experts."""
+    name = f"{LAYERS} × {EXPERTS} experts"
+    return [*wide_one(name, Wide()), *wide_one(f"{name} and attention", converted_qwen3())]
+
+
+def wide_one(name: str, model: nn.Module) -> list[dict[str, Any]]:
+    """The rows of one model."""
+    ids = torch.zeros(2, 8, dtype=torch.long)
     taken: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "wide.onnx"
@@ -110,6 +117,26 @@ def wide() -> list[dict[str, Any]]:
         row(name, "CPU seconds of the first token", taken["run"], LOAD_LIMIT),
         row(name, "relative error", error, 1e-5),
     ]
+
+
+def converted_qwen3() -> nn.Module:
+    """A Qwen3 of random weights, of which every block was rewritten."""
+    import transformers
+
+    import latentize
+
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, moe_intermediate_size=INTERMEDIATE, vocab_size=VOCAB,
+        num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=8, norm_topk_prob=True,
+        num_experts=EXPERTS // 2, num_experts_per_tok=TOP_K // 2, use_cache=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    recipe = latentize.Recipe(latent_dim=LATENT, variant="acc", heal_steps=0, init="weights")
+    ids = torch.randint(VOCAB, (2, 16))
+    result = latentize.convert(transformers.Qwen3MoeForCausalLM(config).eval(), args=(ids,), recipe=recipe)
+    assert [block.status for block in result.blocks] == ["rewritten"] * LAYERS
+    model: nn.Module = result.model
+    return model.eval()
 
 
 class Wide(nn.Module):

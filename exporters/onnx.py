@@ -144,15 +144,18 @@ def _check_request(model: nn.Module, form: str, opset: int) -> None:
 
 def _translate(captured: torch.export.ExportedProgram, opset: int) -> torch.onnx.ONNXProgram:
     from latentize.exporters.onnx_experts import translation_table
+    from latentize.exporters.onnx_tidy import tidy
 
     try:
         with quiet():
             program = torch.onnx.export(
-                captured, dynamo=True, opset_version=opset, custom_translation_table=translation_table(), verbose=False
+                captured, dynamo=True, opset_version=opset, custom_translation_table=translation_table(), verbose=False,
+                optimize=False,
             )
+            assert program is not None
+            tidy(program.model)
     except torch.onnx.OnnxExporterError as error:
         raise LatentizeError(_explain(error, captured)) from error
-    assert program is not None
     return program
 
 
@@ -189,12 +192,7 @@ def _explain(error: BaseException, captured: torch.export.ExportedProgram) -> st
     if found is None:
         return f"ONNX export: translation failed: {one_line(causes[-1])}"
     operator = found.group(1)
-    calls = [
-        node
-        for program in (captured, captured.run_decompositions())
-        for node in program.graph.nodes
-        if node.op == "call_function" and str(node.target).startswith(operator)
-    ]
+    calls = _calls(operator, captured)
     on_complex = [node for node in calls if any(map(_is_complex, (node, *node.all_input_nodes)))]
     if on_complex:
         return (
@@ -202,9 +200,33 @@ def _explain(error: BaseException, captured: torch.export.ExportedProgram) -> st
             "with real and imaginary parts there, or export without ONNX"
         )
     return (
-        f"ONNX export: ONNX has no operator for {operator}, used in {_place(calls)}; "
+        f"ONNX export: ONNX has no operator for {operator}{_written(calls, captured)}, used in {_place(calls)}; "
         "replace it there, or export without ONNX"
     )
+
+
+def _calls(operator: str, captured: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    """Where an operator is called: in what was captured, or in what it decomposes to, a little or as far as it can."""
+    from torch._decomp import global_decomposition_table
+
+    everything = dict(global_decomposition_table["post_autograd"])
+    decompose = captured.run_decompositions
+    for program in (lambda: captured, decompose, lambda: decompose(everything)):
+        calls = [node for node in program().graph.nodes if str(node.target).startswith(operator)]
+        if calls:
+            return calls
+    return []
+
+
+def _written(calls: Sequence[torch.fx.Node], captured: torch.export.ExportedProgram) -> str:
+    """In brackets, which captured operator the first of some calls is part of; "" where it is that one."""
+    source = next(iter(calls[0].meta.get("from_node", ())[-1:]), None) if calls else None
+    while source is not None and source.from_node:
+        source = source.from_node[-1]
+    origin = next((node for node in captured.graph.nodes if source is not None and node.name == source.name), None)
+    if origin is None or origin.target == calls[0].target:
+        return ""
+    return f" (in {str(origin.target).rpartition('.')[0]})"
 
 
 def _is_complex(node: torch.fx.Node) -> bool:

@@ -319,14 +319,23 @@ class Stranger(nn.Module):
         return self.inner(x)
 
 
+class Special(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lgamma(x)
+
+
 class Eigenvalues(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.linalg.eigvalsh(x @ x.mT)
 
 
 def test_operator_that_onnx_lacks_is_named_with_its_place(tmp_path: Path) -> None:
-    with pytest.raises(LatentizeError, match=r"no operator for aten\._linalg_eigh, used in module 'inner\.1'"):
+    said = r"no operator for aten\._linalg_eigh \(in aten\.linalg_eigvalsh\), used in module 'inner\.1'"
+    with pytest.raises(LatentizeError, match=said):
         export_onnx(Stranger(), (torch.ones(3, 4),), {}, tmp_path / "m.onnx")
+    special = nn.Sequential(nn.Linear(4, 4), Special())  # what it becomes on the way is not what was written
+    with pytest.raises(LatentizeError, match=r"for prims\.lgamma \(in aten\.lgamma\), used in module '1'; replace it"):
+        export_onnx(special, (torch.ones(3, 4),), {}, tmp_path / "m.onnx")
 
 
 class Rotary(nn.Module):
