@@ -134,7 +134,7 @@ def converted_qwen3() -> nn.Module:
     recipe = latentize.Recipe(latent_dim=LATENT, variant="acc", heal_steps=0, init="weights")
     ids = torch.randint(VOCAB, (2, 16))
     result = latentize.convert(transformers.Qwen3MoeForCausalLM(config).eval(), args=(ids,), recipe=recipe)
-    assert [block.status for block in result.blocks] == ["rewritten"] * LAYERS
+    assert [block.status for block in result.blocks] == ["moe"] * LAYERS
     model: nn.Module = result.model
     return model.eval()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentize.artefact import copy_assets
 from latentize.errors import LatentizeError
 from latentize.exporters.onnx_check import TOLERANCES
 from latentize.inputs import Inputs
@@ -68,8 +69,9 @@ def check(model: nn.Module, specs: Mapping[str, MoESpec], plans: Mapping[str, Bl
 
 
 def write(
-    folder: Path, model: nn.Module, blocks: Mapping[str, LatentMoE], inputs: Inputs, *, per_expert: bool = False
-) -> Agreement:
+    folder: Path, model: nn.Module, blocks: Mapping[str, LatentMoE], inputs: Inputs, *, per_expert: bool = False,
+    assets: Path | None = None,
+) -> Agreement:  # fmt: skip
     """Write config.json and safetensors of a converted model, load them with transformers alone, and compare.
 
     Args:
@@ -79,6 +81,7 @@ def write(
         inputs: what both are compared on.
         per_expert: name the weights as on the hub (`backbone.`, one tensor for each expert); otherwise as transformers
             does, with stacked experts.
+        assets: a folder whose tokenizer files the checkpoint gets too.
 
     Returns:
         How far the reloaded model's first output is from the converted one's.
@@ -91,6 +94,8 @@ def write(
     native = _native_model(model, config, blocks)
     with replaced(folder, "config.json", _WEIGHTS) as work:
         native.save_pretrained(work, save_original_format=per_expert)
+        if assets is not None:
+            copy_assets(assets, work)
     return _compare(folder, type(native), model, inputs)
 
 
@@ -237,4 +242,5 @@ def _compare(folder: Path, model_class: Any, model: nn.Module, inputs: Inputs) -
     with torch.no_grad():
         wanted, found = inputs.call(model)[0], inputs.call(again)[0]
     error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
-    return Agreement(error, TOLERANCES.get(wanted.dtype, 1e-5))
+    dtypes = {t.dtype for t in model.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()}
+    return Agreement(error, max(TOLERANCES.get(dtype, 1e-5) for dtype in {wanted.dtype, *dtypes}))  # the coarsest

@@ -263,11 +263,15 @@ def _write_transformers(
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
-    for pattern in _ASSETS if origin.assets is not None else ():
-        assert origin.assets is not None
-        for file in origin.assets.glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+    if origin.assets is not None:
+        copy_assets(origin.assets, folder)
+
+
+def copy_assets(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and the like of a transformers model in `source` to `folder`, which keeps what it has."""
+    for file in (file for pattern in _ASSETS for file in source.glob(pattern)):
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def _config_of(model: Any) -> dict[str, Any]:

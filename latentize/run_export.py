@@ -79,7 +79,7 @@ def checkpoints(job: Job, folder: Path, result: api.Result, gates: list[Gate]) -
         with job.steps.step("checkpoint"):
             inputs = Inputs(job.source.args, job.source.kwargs)
             agreement = nemotron_h.write(
-                folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub")
+                folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub"), assets=folder
             )
             gates.append(Gate.of(f"{name} in transformers", agreement.error, agreement.tolerance))
 

@@ -70,6 +70,13 @@ def test_transformers_opens_it_unmodified(result, ids, tmp_path, per_expert):
     assert (found - wanted).norm() <= 1e-5 * wanted.norm()
 
 
+def test_blocks_in_half_precision_agree_as_closely_as_that_rounds(ids, tmp_path):
+    recipe = latentize.Recipe(latent_dim=16, heal_steps=0, dtype="float16")
+    result = latentize.convert(original(), kwargs=ids, recipe=recipe)
+    found = nemotron_h.write(tmp_path / "n", result.model, result.rewritten, Inputs((), ids))
+    assert 1e-5 < found.error <= found.tolerance == 1e-2
+
+
 def test_what_was_trained_outside_the_blocks_is_written_too(tmp_path):
     generator = torch.Generator().manual_seed(4)
     data = [{"input_ids": torch.randint(61, (4, 12), generator=generator)} for _ in range(8)]
@@ -153,6 +160,8 @@ def test_a_full_disk_leaves_no_half_of_it_and_an_earlier_one_whole(result, ids, 
 def test_the_command_line_writes_it_and_refuses_other_models(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     original().save_pretrained("hybrid")
+    for name in ("tokenizer.json", "tokenizer_config.json", "notes.txt"):
+        (tmp_path / "hybrid" / name).write_text(f'{{"of": "{name}"}}')
     arguments = ["--latent-dim", "16", "--heal", "0", "--export", "nemotron_h,nemotron_h-hub"]
     with pytest.raises(SystemExit) as stopped:
         cli.main(["hybrid", "-o", "out", *arguments])
@@ -160,6 +169,11 @@ def test_the_command_line_writes_it_and_refuses_other_models(tmp_path, monkeypat
     assert "checkpoint that NemotronH loads unchanged" in capsys.readouterr().out
     assert (tmp_path / "out/nemotron_h/model.safetensors").exists()
     assert (tmp_path / "out/nemotron_h-hub/model.safetensors").exists()
+    for checkpoint in ("nemotron_h", "nemotron_h-hub"):  # what serves it has to tokenise too
+        written = {file.name for file in (tmp_path / "out" / checkpoint).iterdir()}
+        assert written >= {"tokenizer.json", "tokenizer_config.json", "config.json"}
+        assert "notes.txt" not in written
+        assert (tmp_path / "out" / checkpoint / "tokenizer.json").read_text() == '{"of": "tokenizer.json"}'
     with pytest.raises(SystemExit) as stopped:
         cli.main(["hybrid", "-o", "out", *arguments, "--dry-run"])  # OUT is still known to be ours
     assert not stopped.value.code, capsys.readouterr().err
