@@ -16,6 +16,8 @@ from latentize.moe import LatentMoE
 from latentize.recipe import Recipe
 from latentize.sources import Source
 
+#: What is compared with what.
+AGAINST_ORIGINAL, IN_ONNXRUNTIME = "rewritten against original", "onnxruntime against PyTorch"
 #: Batches that blocks are compared on.
 _BATCHES = 2
 
@@ -44,14 +46,14 @@ def against_original(
     note = f"{', '.join(missing)}: not found again in the original" if missing else ""
     if over:
         errors = {name: errors[name] for name in list(errors)[: list(errors).index(over[0]) + 1]}
-    return BlockSearch("rewritten against original", tokens, tolerance, errors, over[0] if over else "", note)
+    return BlockSearch(AGAINST_ORIGINAL, tokens, tolerance, errors, over[0] if over else "", note)
 
 
 def in_onnxruntime(path: Path, model: nn.Module, inputs: Inputs, tokens: int, tolerance: float) -> BlockSearch:
     """Each block of the exported graph against the rewritten model, until one is over the tolerance."""
     from latentize.exporters import onnx_blocks
 
-    what = "onnxruntime against PyTorch"
+    what = IN_ONNXRUNTIME
     try:
         errors, first = onnx_blocks.block_errors(path, model, inputs, tolerance)
     except LatentizeError as error:

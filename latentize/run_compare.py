@@ -68,7 +68,7 @@ def compare(options: Options) -> None:
     made = _Pair(source, rewritten, blocks, backends, options).measure(steps, [*source.notes, *notes])
     print_comparison(console, made)
     terminal.print_end(console, made.gates, [*made.notes, *_kept(options.out, made)], (), str(options.out))
-    require(made.gates)
+    require(made.gates, "The report says where it begins; --tolerance allows more")
 
 
 def bench(out: Path, original: str | None, *, fused: bool = False, quiet: bool) -> None:
@@ -305,11 +305,13 @@ class _Pair:
         if evaluation is not None and limit is not None:
             yield loss_gate(evaluation, limit)
         for row in rows:
-            yield Gate.of(f"{row.backend} against PyTorch, {row.model}, T = {row.tokens}", row.error, row.tolerance)
+            name = f"{row.backend} against PyTorch, {row.model}, T = {row.tokens}"
+            yield Gate.of_agreement(name, row.error, row.tolerance)
         for search in searches:
             if search.tolerance is not None and search.errors:
                 what = f"error of block {search.first_over or search.worst}, {search.comparison}"
-                yield Gate.of(what, search.errors[search.first_over or search.worst], search.tolerance)
+                judged = Gate.of if search.comparison == compare_blocks.AGAINST_ORIGINAL else Gate.of_agreement
+                yield judged(what, search.errors[search.first_over or search.worst], search.tolerance)
 
 
 def _recorded_limit(out: Path) -> float | None:
