@@ -35,12 +35,12 @@ def holds_bfloat16(path: Path) -> bool:
 
     Raises:
         OSError, ValueError: the file cannot be read.
-        MissingExtraError: onnx_ir is not installed.
+        MissingExtraError: onnxscript, which brings onnx_ir, is not installed.
     """
     try:
         import onnx_ir as ir
     except ImportError:
-        raise MissingExtraError("onnx_ir", "onnx", "running a bfloat16 graph") from None
+        raise MissingExtraError("onnxscript", "onnx", "running a bfloat16 graph") from None
 
     model = ir.load(path)
     return any(value.dtype == ir.DataType.BFLOAT16 for value in _values(model))
