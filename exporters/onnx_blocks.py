@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latentize.errors import LatentizeError, one_line
+from latentize.errors import LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import exporting
 from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
 from latentize.exporters.onnx_check import open_session, relative_error, run_session
@@ -43,6 +43,7 @@ def block_errors(path: Path, model: nn.Module, inputs: Inputs, tolerance: float)
 
     Raises:
         LatentizeError: the file cannot be read or run, or holds other blocks than the model.
+        MissingExtraError: onnx or onnx_ir is not installed.
         ResourceError: a copy of the graph, without its weights where these lie in a file of their own, does not fit.
     """
     places, values = _blocks(path)
@@ -59,7 +60,8 @@ def block_errors(path: Path, model: nn.Module, inputs: Inputs, tolerance: float)
             raise LatentizeError(f"{path}: holds {len(places)} blocks and the model runs {len(sizes)}; export it again")
         for group in _groups(sizes):
             outputs = _run(session, path, inputs, [values[i] for i in group])
-            for number, error in _compare(model, inputs, dict(zip(group, outputs, strict=True))):
+            held = dict(zip(group, outputs, strict=True))
+            for number, error in _compare(model, inputs, held, [f"{path}: block {name}" for name in places]):
                 found[places[number]] = error
                 if not error <= tolerance:
                     return found, places[number]
@@ -83,6 +85,11 @@ class _Watch(TorchDispatchMode):
 
 def _blocks(path: Path) -> tuple[list[str], list[str]]:
     """Places of the blocks in the model, and the names of their outputs in the graph."""
+    for package in ("onnx", "onnx_ir"):
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingExtraError(package, "onnx", "comparing a graph block by block") from None
     import onnx_ir as ir
 
     try:
@@ -130,12 +137,21 @@ def _run(session: onnxruntime.InferenceSession, path: Path, inputs: Inputs, name
         raise LatentizeError(f"{path}: onnxruntime cannot run it: {one_line(error)}") from error
 
 
-def _compare(model: nn.Module, inputs: Inputs, outputs: dict[int, Tensor]) -> list[tuple[int, float]]:
+def _compare(
+    model: nn.Module, inputs: Inputs, outputs: dict[int, Tensor], blocks: Sequence[str]
+) -> list[tuple[int, float]]:
     errors: list[tuple[int, float]] = []
 
     def seen(number: int, output: Tensor) -> None:
-        if number in outputs:
-            errors.append((number, relative_error(outputs.pop(number), output)))
+        if number not in outputs:
+            return
+        found = outputs.pop(number)
+        if found.shape != output.shape:
+            raise LatentizeError(
+                f"{blocks[number]} returns {list(found.shape)} and the model's {list(output.shape)}: it is another "
+                "model's graph; export this one again"
+            )
+        errors.append((number, relative_error(found, output)))
 
     with exporting(model), _Watch(seen), torch.no_grad():
         inputs.call(model)

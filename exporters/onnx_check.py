@@ -142,11 +142,12 @@ def run_session(
 
 
 def _ort_value(tensor: Tensor) -> onnxruntime.OrtValue:
-    import onnx
     import onnxruntime
 
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:  # numpy has no such type
+        import onnx
+
         bits = tensor.view(torch.uint16).numpy()
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from latentize.errors import MissingExtraError
 from latentize.exporters.onnx_file import write_model
 from latentize.inputs import Inputs
 
@@ -34,8 +35,12 @@ def holds_bfloat16(path: Path) -> bool:
 
     Raises:
         OSError, ValueError: the file cannot be read.
+        MissingExtraError: onnxscript, which brings onnx_ir, is not installed.
     """
-    import onnx_ir as ir
+    try:
+        import onnx_ir as ir
+    except ImportError:
+        raise MissingExtraError("onnxscript", "onnx", "running a bfloat16 graph") from None
 
     model = ir.load(path)
     return any(value.dtype == ir.DataType.BFLOAT16 for value in _values(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,8 @@ class OutputAgreement:
 class Gate:
     """One limit that a conversion had to keep: `value` <= `limit`. A value that is not a number does not keep it.
 
-    What could not be `made` at all, for a reason that is among the warnings, fails too.
+    What could not be `made` at all, for a reason that is among the warnings, fails too. `kind` says what is limited:
+    what the conversion lost ("accuracy"), or how far what was exported is from PyTorch ("agreement").
     """
 
     name: str
@@ -77,16 +78,22 @@ class Gate:
     limit: float
     passed: bool
     made: bool = True
+    kind: Literal["accuracy", "agreement"] = "accuracy"
 
     @classmethod
     def unmade(cls, name: str) -> Gate:
         """The gate of something that could not be made."""
-        return cls(name, math.inf, 0.0, passed=False, made=False)
+        return cls(name, math.inf, 0.0, passed=False, made=False, kind="agreement")
 
     @classmethod
     def of(cls, name: str, value: float, limit: float) -> Gate:
-        """The gate, judged."""
+        """The gate of what a conversion lost, judged."""
         return cls(name, value, limit, passed=value <= limit)
+
+    @classmethod
+    def of_agreement(cls, name: str, value: float, limit: float) -> Gate:
+        """The gate of how far something exported is from PyTorch, judged."""
+        return cls(name, value, limit, passed=value <= limit, kind="agreement")
 
     def describe(self) -> str:
         """What it is and what it may be."""
@@ -206,8 +213,12 @@ def loss_gate(evaluation: Evaluation, max_loss: float) -> Gate:
     return Gate.of(f"relative rise of {evaluation.metric}", evaluation.rise, max_loss)
 
 
-def require(gates: Sequence[Gate]) -> None:
+def require(gates: Sequence[Gate], differs: str = "The report says by how much") -> None:
     """Do nothing when every gate passed.
+
+    Args:
+        gates: all of them.
+        differs: what to do where an export differs from PyTorch, which neither compression nor healing changes.
 
     Raises:
         GateError: naming each gate that failed, its value and its limit.
@@ -215,9 +226,9 @@ def require(gates: Sequence[Gate]) -> None:
     failed = [gate for gate in gates if not gate.passed]
     if failed:
         what = "; ".join(gate.describe() for gate in failed)
-        unmade = not any(gate.made for gate in failed)
-        advice = "The report says why" if unmade else "Lower the compression, heal longer, or allow more"
-        raise GateError(f"gate failed: {what}. {advice}")
+        advice = {"accuracy": "Lower the compression, heal longer, or allow more", "agreement": differs}
+        fitting = dict.fromkeys(advice[gate.kind] for gate in failed if gate.made) or ["The report says why"]
+        raise GateError(f"gate failed: {what}. {'. '.join(fitting)}")
 
 
 def main_output(output: Any) -> tuple[Tensor, bool]:

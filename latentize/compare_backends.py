@@ -1,28 +1,24 @@
-"""Exported models run beside the PyTorch models that they were made of: how far apart, how fast, how much memory."""
+"""Exported models and what runs them beside PyTorch: which are there, how fast, how much memory."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from latentize.bench import Latency, MakeInputs, latency
-from latentize.compare import Differences, main_output
-from latentize.compare_inputs import Sequences
-from latentize.comparison import BackendAgreement, LengthAgreement, Memory, Which
-from latentize.errors import LatentizeError, one_line
+from latentize.bench import Latency, MakeInputs, timed_graphs
+from latentize.comparison import Memory, Which
+from latentize.errors import LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import exporting
-from latentize.exporters.onnx_check import NoKernelError, relative_error
+from latentize.exporters.onnx_check import NoKernelError
 from latentize.inputs import Inputs
-from latentize.passes.double import dtype_of
-from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR
-from latentize.ties import TieWatch
+from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR, runnable, widened_note
 
 #: What runs an exported model on one call's arguments: its outputs in the order in which the model returns them.
 Runner = Callable[[Inputs], list[Tensor]]
@@ -30,22 +26,29 @@ Runner = Callable[[Inputs], list[Tensor]]
 
 @dataclass(frozen=True)
 class Backend:
-    """The exported models of one runtime. `lean` are runners that give memory back, `device_bytes` what others keep."""
+    """The exported models of one runtime. `lean` are runners that give memory back, `device_bytes` what others keep.
+
+    `files` are what it runs; those of `widened` are copies in float32 of bfloat16 graphs, and no measure of speed or
+    memory: see `exporters/onnx_widened.py`.
+    """
 
     name: str
     runners: Mapping[Which, Runner]
     tolerances: Mapping[torch.dtype, float]
     lean: Mapping[Which, Runner] = field(default_factory=dict)
     device_bytes: Mapping[Which, int] = field(default_factory=dict)
+    files: Mapping[Which, Path] = field(default_factory=dict)
+    widened: frozenset[Which] = frozenset()
 
 
-def available(out: Path, asked: Sequence[str] | None, notes: list[str]) -> list[Backend]:
+def available(out: Path, asked: Sequence[str] | None, notes: list[str], held: ExitStack) -> list[Backend]:
     """What runs the exports in OUT, besides PyTorch: what was `asked` for, or all that is there.
 
     Args:
         out: the folder.
         asked: of "torch", "ort", "trt"; None for whatever OUT and this machine have.
-        notes: gets why something that is there is left out.
+        notes: gets why something that is there is left out, and what runs in its place.
+        held: files that are made for the backends are there until it closes.
 
     Raises:
         LatentizeError: what was asked for is not there, is damaged, or cannot run here.
@@ -53,34 +56,36 @@ def available(out: Path, asked: Sequence[str] | None, notes: list[str]) -> list[
     """
     found = []
     if asked is not None and "ort" in asked:
-        found += onnxruntime_backends(out, notes)
+        found += onnxruntime_backends(out, notes, held)
     elif asked is None and (out / REWRITTEN).exists():
         try:
-            found += onnxruntime_backends(out, notes)
-        except NoKernelError as error:
+            found += onnxruntime_backends(out, notes, held)
+        except (NoKernelError, MissingExtraError) as error:
             notes.append(f"{ONNXRUNTIME} is not compared: {error}")
     engines = sorted(out.glob("*.engine"))
     if asked is not None and "trt" in asked:
         if not engines:
             raise LatentizeError(f"{out}: holds no engine; build one with latentize build {out}")
-        found.append(tensorrt_backend(engines))
+        found.append(tensorrt_backend(engines, notes))
     elif asked is None and engines:
         try:
-            found.append(tensorrt_backend(engines))
+            found.append(tensorrt_backend(engines, notes))
         except LatentizeError as error:
             notes.append(f"TensorRT is not compared: {error}")
     return found
 
 
-def onnxruntime_backends(out: Path, notes: list[str]) -> list[Backend]:
+def onnxruntime_backends(out: Path, notes: list[str], held: ExitStack) -> list[Backend]:
     """onnxruntime on the CPU with the graphs in OUT, of which the original's may be missing.
 
     First by standard operators, then with latentize's own, where its library can be had; `notes` gets why it does not
-    take a graph.
+    take a graph. A bfloat16 graph is run as a copy in float32, which is there until `held` closes.
 
     Raises:
+        NoKernelError: onnxruntime has no CPU kernel for an operator in a graph's element type.
         LatentizeError: the rewritten model's graph is missing or damaged.
         MissingExtraError: onnxruntime is not installed.
+        ResourceError: a copy does not fit on the disk.
     """
     from latentize.exporters import onnxruntime_ops
 
@@ -88,30 +93,39 @@ def onnxruntime_backends(out: Path, notes: list[str]) -> list[Backend]:
     if not paths["rewritten"].exists():
         raise LatentizeError(f"{out}: holds no {REWRITTEN}; convert with --export onnx")
     there = {which: path for which, path in paths.items() if path.exists()}
-    found = [_onnxruntime_backend(ONNXRUNTIME, there, None)]
+    try:
+        found = [_onnxruntime_backend(ONNXRUNTIME, there, frozenset(), None)]
+    except NoKernelError:
+        graphs = {which: held.enter_context(runnable(path)) for which, path in there.items()}
+        widened = frozenset(which for which, path in there.items() if graphs[which] != path)
+        notes += [widened_note(there[which]) for which in graphs if which in widened]
+        found = [_onnxruntime_backend(ONNXRUNTIME, graphs, widened, None)]
     library = onnxruntime_ops.library()
     if library is not None:
         try:
-            found.append(_onnxruntime_backend(WITH_OPERATOR, there, library))
+            found.append(_onnxruntime_backend(WITH_OPERATOR, found[0].files, found[0].widened, library))
         except LatentizeError as error:
             notes.append(f"{WITH_OPERATOR} is not compared: {error}")
     return found
 
 
-def _onnxruntime_backend(name: str, paths: Mapping[Which, Path], operator: Path | None) -> Backend:
+def _onnxruntime_backend(
+    name: str, files: Mapping[Which, Path], widened: frozenset[Which], operator: Path | None
+) -> Backend:
     from latentize.exporters.onnx_check import TOLERANCES, open_session, run_session
 
     threads = torch.get_num_threads()
 
-    def runners(*, arena: bool) -> dict[Which, Runner]:
+    def runners(paths: Mapping[Which, Path], *, arena: bool) -> dict[Which, Runner]:
         sessions = {w: open_session(path, threads, arena=arena, operator=operator) for w, path in paths.items()}
         return {which: partial(run_session, session) for which, session in sessions.items()}
 
-    return Backend(name, runners(arena=True), TOLERANCES, runners(arena=False))
+    lean = runners({which: path for which, path in files.items() if which not in widened}, arena=False)
+    return Backend(name, runners(files, arena=True), TOLERANCES, lean, files=files, widened=widened)
 
 
-def tensorrt_backend(engines: Sequence[Path]) -> Backend:
-    """TensorRT on the GPU with the first engine that it can load.
+def tensorrt_backend(engines: Sequence[Path], notes: list[str]) -> Backend:
+    """TensorRT on the GPU with the first engine that it can load; `notes` gets which one.
 
     Raises:
         LatentizeError: there is no GPU, or no engine that it runs.
@@ -126,52 +140,17 @@ def tensorrt_backend(engines: Sequence[Path]) -> Backend:
             problem = problem or error
             continue
         limits = dict.fromkeys(TOLERANCES, TOLERANCES[session.dtype])
-        return Backend("tensorrt", {"rewritten": session}, limits, {}, {"rewritten": session.device_bytes})
+        others = ", ".join(other.name for other in engines if other != path)
+        left = f", the first engine that loads here, and not {others}" if others else ""
+        notes.append(f"tensorrt runs {path.name}{left}")
+        kept: dict[Which, int] = {"rewritten": session.device_bytes}
+        return Backend("tensorrt", {"rewritten": session}, limits, {}, kept, {"rewritten": path})
     assert problem is not None
     raise problem
 
 
-def agreement(
-    models: Mapping[Which, nn.Module], backends: Iterable[Backend], sequences: Iterable[Sequences],
-    tolerance: float | None = None,
-) -> tuple[list[LengthAgreement], list[BackendAgreement]]:  # fmt: skip
-    """The rewritten model against the original, and each backend's graphs against their models, length by length.
-
-    Args:
-        models: both, in PyTorch; run in eval mode, left as found.
-        backends: what else runs them.
-        sequences: the calls; only one call's outputs are held at a time.
-        tolerance: largest relative error; by default the backend's for the model's dtype.
-
-    Raises:
-        LatentizeError: the models' outputs have different shapes.
-    """
-    lengths, rows = [], []
-    backends = list(backends)
-    for batch in sequences:
-        between = Differences()
-        tallies = [
-            _Tally(backend, which, _limit(backend, models[which], tolerance))
-            for backend in backends for which in backend.runners
-        ]  # fmt: skip
-        for inputs in batch.calls:
-            expected = {which: _Expected.of(model, inputs) for which, model in models.items()}
-            a, b = expected["original"], expected["rewritten"]
-            if a.main.shape != b.main.shape:
-                raise LatentizeError(
-                    f"compare: the original returns {list(a.main.shape)} and the rewritten model {list(b.main.shape)} "
-                    "for the same inputs; compare models of the same task"
-                )
-            between.add(a.main, b.main, scores=a.scores)
-            for tally in tallies:
-                tally.add(inputs, expected[tally.which])
-        lengths.append(LengthAgreement(batch.tokens, len(batch.calls), between.result()))
-        rows += [tally.row(batch.tokens) for tally in tallies]
-    return lengths, rows
-
-
 def timed(backend: Backend, make_inputs: MakeInputs, tokens: Iterable[int], repeats: int) -> list[Latency]:
-    """Latency of a backend's graphs, interleaved."""
+    """Latency of a backend's graphs, interleaved; one that does not run is noted."""
     rows = []
     for count in tokens:
         inputs = make_inputs(count)
@@ -179,15 +158,18 @@ def timed(backend: Backend, make_inputs: MakeInputs, tokens: Iterable[int], repe
             rows.append(Latency.of(backend.name, count, {}, inputs))
             continue
         calls: dict[str, Callable[[], object]] = {w: _call(runner, inputs) for w, runner in backend.runners.items()}
-        rows.append(Latency.of(backend.name, count, latency(calls, repeats, min(5, repeats))))
+        rows.append(timed_graphs(backend.name, count, calls, repeats, min(5, repeats)))
     return rows
 
 
 def memory(
     models: Mapping[Which, nn.Module], backends: Iterable[Backend], make_inputs: MakeInputs, tokens: Iterable[int],
-    *, torch_too: bool = True,
+    notes: list[str], *, torch_too: bool = True,
 ) -> list[Memory]:  # fmt: skip
-    """What one call takes in PyTorch and in each backend, at each number of tokens that the model runs on."""
+    """What one call takes in PyTorch and in each backend, at each number of tokens that the model runs on.
+
+    What does not run has none; `notes` gets why.
+    """
     runners: dict[str, Mapping[Which, Runner]] = {}
     if torch_too:
         runners["torch"] = {which: _in_torch(model) for which, model in models.items()}
@@ -201,9 +183,22 @@ def memory(
         if isinstance(inputs, str):
             continue
         for name, of in runners.items():
-            taken = {which: call_memory(_call(runner, inputs)) for which, runner in of.items()} or kept.get(name, {})
-            rows.append(Memory(name, count, taken.get("original"), taken.get("rewritten")))
+            taken: dict[Which, int | None] = dict(kept.get(name, {}))
+            for which, runner in of.items():
+                try:
+                    taken[which] = call_memory(_call(runner, inputs))
+                except Exception as problem:  # runtimes' exceptions have no common base but Exception
+                    if name == "torch":
+                        raise
+                    notes.append(f"{name}, {which}: no memory of a call is known: {why(problem)}")
+            if taken:
+                rows.append(Memory(name, count, taken.get("original"), taken.get("rewritten")))
     return rows
+
+
+def why(problem: Exception) -> str:
+    """Why an exported model does not run, on a line."""
+    return str(problem) if isinstance(problem, LatentizeError) else f"it does not run: {one_line(problem)}"
 
 
 def call_memory(call: Callable[[], object]) -> int | None:
@@ -224,10 +219,6 @@ def _resident(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def _limit(backend: Backend, model: nn.Module, tolerance: float | None) -> float:
-    return tolerance if tolerance is not None else backend.tolerances.get(dtype_of(model), 1e-5)
-
-
 def _call(runner: Runner, inputs: Inputs) -> Callable[[], object]:
     return lambda: runner(inputs)
 
@@ -239,74 +230,3 @@ def _in_torch(model: nn.Module) -> Runner:
         return []
 
     return run
-
-
-@dataclass(frozen=True)
-class _Expected:
-    """What a PyTorch model returned: every tensor, which of them is compared in detail, and whether that is scores."""
-
-    outputs: list[Tensor]
-    number: int
-    scores: bool
-    closest: float  # to a tie of a router's choice, relative
-
-    @property
-    def main(self) -> Tensor:
-        return _rows(self.outputs[self.number])
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Inputs) -> _Expected:
-        with exporting(model), TieWatch(model) as ties:
-            output = inputs.call(model)
-        main, named = main_output(output)
-        outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-        same = (i for i, t in enumerate(outputs) if (t.data_ptr(), t.numel()) == (main.data_ptr(), main.numel()))
-        return cls(outputs, next(same, 0), named or inputs.whole_numbers, ties.closest)
-
-
-class _Tally:
-    """One graph's differences over the sequences of one length.
-
-    A sequence on which it disagrees, and a router's choice is a tie within the tolerance, is left out and counted.
-    """
-
-    def __init__(self, backend: Backend, which: Which, tolerance: float) -> None:
-        self.which: Which = which
-        self._backend, self._tolerance = backend, tolerance
-        self._error, self._note = 0.0, ""
-        self._tied: list[float] = []
-        self._differences = Differences()
-
-    def add(self, inputs: Inputs, expected: _Expected) -> None:
-        if self._note:
-            return
-        try:
-            found = self._backend.runners[self.which](inputs)
-        except Exception as problem:  # runtimes' exceptions have no common base but Exception
-            ours = isinstance(problem, LatentizeError)
-            self._note = str(problem) if ours else f"it does not run: {one_line(problem)}"
-            return
-        got, wanted = ([list(t.shape) for t in tensors] for tensors in (found, expected.outputs))
-        if got != wanted:
-            self._note = f"it returns {got} where PyTorch returns {wanted}"
-            return
-        error = max((relative_error(a, e) for a, e in zip(found, expected.outputs, strict=True)), default=0.0)
-        if error > self._tolerance >= expected.closest:
-            self._tied.append(error)
-            return
-        self._error = max(self._error, error)
-        self._differences.add(expected.main, _rows(found[expected.number]), scores=expected.scores)
-
-    def row(self, tokens: int) -> BackendAgreement:
-        error = float("inf") if self._note else self._error
-        note = self._note
-        if self._tied and not note:
-            note = f"{len(self._tied)} sequences left out, where a router's choice is a tie that rounding decides"
-            error = error if self._differences.positions else max(self._tied)
-        outputs = self._differences.result() if self._differences.positions and not self._note else None
-        name, limit = self._backend.name, self._tolerance
-        return BackendAgreement(name, self.which, tokens, error, limit, error <= limit, outputs, note)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    return tensor if tensor.ndim > 1 else tensor.unsqueeze(0)

@@ -27,7 +27,7 @@ class BackendAgreement:
     """One exported model against the PyTorch model that it was made of, over sequences of `tokens` tokens.
 
     `error` is relative, over the worst output: the smallest tolerance that passes. `outputs` compares the main output;
-    None where the backend did not run, and `note` says why.
+    None where the backend did not run or nothing could be compared, and `note` says why.
     """
 
     backend: str

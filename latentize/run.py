@@ -251,7 +251,8 @@ def run(job: Job) -> None:
             report = run_report.write(job, result, prepared, measured, folder)
     kept.clear()
     run_report.show(job.console, report, job.options.out)
-    require(gates)
+    finds = f"; latentize compare {job.options.out} finds the block of a graph where it begins"
+    require(gates, f"The report says by how much{finds if job.options.graphs else ''}")
 
 
 @dataclass

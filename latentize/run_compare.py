@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from torch import fx, nn
 
-from latentize import artefact, compare_backends, compare_blocks, report, terminal
+from latentize import artefact, compare_backends, compare_blocks, compare_outputs, report, terminal
 from latentize.bench import TOKENS, Latency, MakeInputs, bench_models, bench_onnx
 from latentize.calibration import batches_of, example_batch
 from latentize.compare import Evaluation, Gate, evaluate_pair, loss_gate, require
@@ -20,11 +21,12 @@ from latentize.compare_inputs import Sequences, sequences
 from latentize.comparison import BackendAgreement, BlockSearch, Comparison, Which
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.captured import captured_graph
+from latentize.exporters.onnx_widened import widen_inputs, widen_model
 from latentize.inputs import Batch, Inputs, observing, runnable_at
 from latentize.moe import LatentMoE
 from latentize.passes.fuse import fuse
 from latentize.progress import Steps
-from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR
+from latentize.run_onnx import ONNXRUNTIME, ORIGINAL, REWRITTEN, WITH_OPERATOR, redraw
 from latentize.sources import Source, open_model
 from latentize.terminal_compare import print_comparison
 
@@ -60,15 +62,18 @@ def compare(options: Options) -> None:
     artefact.read_manifest(options.out)
     check_report(options.out)
     notes: list[str] = []
-    backends = compare_backends.available(options.out, options.backends, notes)
-    with steps.step("load"):
-        source, rewritten, blocks = open_pair(options.out, options.original)
-    if options.max_loss is not None and source.evaluate is None:
-        raise LatentizeError("--max-loss needs an evaluate(model) in model.py, which this model does not have; add one")
-    made = _Pair(source, rewritten, blocks, backends, options).measure(steps, [*source.notes, *notes])
+    with ExitStack() as held:
+        backends = compare_backends.available(options.out, options.backends, notes, held)
+        with steps.step("load"):
+            source, rewritten, blocks = open_pair(options.out, options.original)
+        if options.max_loss is not None and source.evaluate is None:
+            raise LatentizeError(
+                "--max-loss needs an evaluate(model) in model.py, which this model does not have; add one"
+            )
+        made = _Pair(source, rewritten, blocks, backends, options).measure(steps, [*source.notes, *notes])
     print_comparison(console, made)
     terminal.print_end(console, made.gates, [*made.notes, *_kept(options.out, made)], (), str(options.out))
-    require(made.gates)
+    require(made.gates, "The report says where it begins; --tolerance allows more")
 
 
 def bench(out: Path, original: str | None, *, fused: bool = False, quiet: bool) -> None:
@@ -193,8 +198,8 @@ def _onnx_latencies(folder: Path, make_inputs: MakeInputs, rounds: int) -> tuple
 
     try:
         rows = _graph_latencies(folder, make_inputs, rounds, ONNXRUNTIME, None)
-    except NoKernelError:
-        note = "it has no CPU kernels in the graph's dtype"
+    except (NoKernelError, MissingExtraError) as error:
+        note = str(error) if isinstance(error, MissingExtraError) else "it has no CPU kernels in the graph's dtype"
         return tuple(Latency.of(ONNXRUNTIME, count, {}, note) for count in TOKENS)
     library = onnxruntime_ops.library() if rows else None
     if library is None:
@@ -236,19 +241,24 @@ class _Pair:
         if self.source.evaluate is not None:
             with steps.step("evaluate"):
                 evaluation = evaluate_pair(self.source.model, self.rewritten, self.source.evaluate)
+        with steps.step("inspect"):
+            teacher = compare_blocks.canonical_original(self.source, self.blocks)
         with steps.step("outputs"):
             cut = list(sequences(self.source.model, batches, self.options.max_tokens, notes))
-            lengths, rows = compare_backends.agreement(self.models, self.backends, cut, self.options.tolerance)
+            exported: dict[Which, nn.Module] = {"original": teacher.model, "rewritten": self.rewritten}
+            lengths, rows = compare_outputs.agreement(
+                self.models, self.backends, cut, notes, self.options.tolerance, exported=exported, redraw=self._redraw
+            )
         with steps.step("blocks"):
             limit = self.options.max_block_error
-            searches = [compare_blocks.against_original(self.source, self.blocks, batches, limit)]
+            searches = [compare_blocks.against_original(teacher, self.blocks, batches, limit)]
             searches += self._graph_searches(cut, rows)
         with steps.step("time"):
             latency = self._latencies()
         with steps.step("memory"):
             shown = "torch" in self._names
             make_inputs = inputs_maker(self.source, self.source.model)
-            memory = compare_backends.memory(self.models, self.backends, make_inputs, TOKENS, torch_too=shown)
+            memory = compare_backends.memory(self.models, self.backends, make_inputs, TOKENS, notes, torch_too=shown)
         notes += [f"{row.backend}, {row.model}, T = {row.tokens}: {row.note}" for row in rows if row.note]
         return Comparison(
             date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -270,15 +280,21 @@ class _Pair:
         asked = self.options.backends
         return (*(("torch",) if asked is None or "torch" in asked else ()), *(b.name for b in self.backends))
 
+    def _redraw(self, inputs: Inputs, seed: int) -> Inputs:
+        return redraw(inputs, self.source, seed)
+
     def _graph_searches(self, cut: Sequence[Sequences], rows: Sequence[BackendAgreement]) -> list[BlockSearch]:
         """Block by block in onnxruntime: at the shortest length that disagrees, or else at a middle one."""
-        if not any(backend.name == ONNXRUNTIME for backend in self.backends):
+        backend = next((backend for backend in self.backends if backend.name == ONNXRUNTIME), None)
+        if backend is None:
             return []
         mine = [row for row in rows if (row.backend, row.model) == (ONNXRUNTIME, "rewritten")]
         tokens = next((row.tokens for row in mine if not row.passed), cut[len(cut) // 2].tokens)
-        calls = next(batch.calls for batch in cut if batch.tokens == tokens)
-        path = self.options.out / REWRITTEN
-        found = compare_blocks.in_onnxruntime(path, self.rewritten, calls[0], tokens, mine[0].tolerance)
+        calls: Sequence[Inputs] = next(batch.calls for batch in cut if batch.tokens == tokens)
+        model, path = self.rewritten, backend.files["rewritten"]
+        if "rewritten" in backend.widened:
+            model, calls = widen_model(model), [widen_inputs(inputs) for inputs in calls]
+        found = compare_blocks.in_onnxruntime(path, model, calls, tokens, mine[0].tolerance)
         if not (found.first_over or found.note or all(row.passed for row in mine)):
             where = "the difference is not in the routed experts: it is in projections or in what surrounds the blocks"
             found = replace(found, note=where)
@@ -305,11 +321,13 @@ class _Pair:
         if evaluation is not None and limit is not None:
             yield loss_gate(evaluation, limit)
         for row in rows:
-            yield Gate.of(f"{row.backend} against PyTorch, {row.model}, T = {row.tokens}", row.error, row.tolerance)
+            name = f"{row.backend} against PyTorch, {row.model}, T = {row.tokens}"
+            yield Gate.of_agreement(name, row.error, row.tolerance)
         for search in searches:
             if search.tolerance is not None and search.errors:
                 what = f"error of block {search.first_over or search.worst}, {search.comparison}"
-                yield Gate.of(what, search.errors[search.first_over or search.worst], search.tolerance)
+                judged = Gate.of if search.comparison == compare_blocks.AGAINST_ORIGINAL else Gate.of_agreement
+                yield judged(what, search.errors[search.first_over or search.worst], search.tolerance)
 
 
 def _recorded_limit(out: Path) -> float | None:

@@ -81,7 +81,7 @@ def checkpoints(job: Job, folder: Path, result: api.Result, gates: list[Gate]) -
             agreement = nemotron_h.write(
                 folder / name, result.model, result.rewritten, inputs, per_expert=name.endswith("-hub"), assets=folder
             )
-            gates.append(Gate.of(f"{name} in transformers", agreement.error, agreement.tolerance))
+            gates.append(Gate.of_agreement(f"{name} in transformers", agreement.error, agreement.tolerance))
 
 
 def _profiles(job: Job) -> tuple[Profile, ...]:
@@ -121,5 +121,5 @@ def graphs(
                 gates.append(Gate.unmade("TensorRT engine"))
     for r in rows:
         title = "ONNX against PyTorch" if r.backend == run_onnx.ONNXRUNTIME else f"{r.backend} against PyTorch"
-        gates.append(Gate.of(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance))
+        gates.append(Gate.of_agreement(f"{title}, {r.model}, T = {r.tokens}", r.relative_error, r.tolerance))
     return tuple(rows)

@@ -34,7 +34,7 @@ ONNXRUNTIME, WITH_OPERATOR = "onnxruntime", "onnxruntime + latentize"
 #: Lengths that graphs are checked at: one token, a few, more than a batch.
 TOKENS = (1, 16, 256)
 #: How often values are drawn before a disagreement counts although a router's choice is a tie.
-_DRAWS = 8
+DRAWS = 8
 
 
 def export_original(
@@ -97,6 +97,14 @@ def runnable(path: Path) -> Iterator[Path]:
         yield wide
 
 
+def widened_note(path: Path) -> str:
+    """That a copy of a graph in float32 was run in its place."""
+    return (
+        f"{path.name} is bfloat16, for which onnxruntime has no CPU kernels: the same graph in float32 was held "
+        "against the model in float32"
+    )
+
+
 def export_rewritten(
     source: Source, model: nn.Module, recipe: Recipe, blocks: Sequence[Block], folder: Path, form: str
 ) -> OnnxExport:
@@ -150,10 +158,7 @@ def agreement(
     half = any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in model.state_dict().values())
     with runnable(path) if half else nullcontext(path) as graph:
         if graph != path:
-            notes.append(
-                f"{path.name} is bfloat16, for which onnxruntime has no CPU kernels: the same graph in float32 was "
-                "held against the model in float32"
-            )
+            notes.append(widened_note(path))
             model, lengths = widen_model(model), [(tokens, widen_inputs(inputs)) for tokens, inputs in lengths]
             wide = widen_inputs(Inputs(source.args, source.kwargs))
             source = replace(source, args=wide.args, kwargs=dict(wide.kwargs))
@@ -187,7 +192,7 @@ def _agreement(
     from latentize.exporters.onnx_check import check_onnx
 
     tokens, inputs = length
-    for attempt in range(_DRAWS):
+    for attempt in range(DRAWS):
         drawn = redraw(inputs, source, tokens + attempt * max(TOKENS))
         with TieWatch(model) as ties:
             try:

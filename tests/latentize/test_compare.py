@@ -208,3 +208,13 @@ def test_a_gate_of_something_that_could_not_be_made_gives_no_advice_on_accuracy(
         require([Gate.unmade("TensorRT engine"), Gate.of("error", 2.0, 1.0)])
     with pytest.raises(GateError, match=r"error is inf, allowed 0\. Lower the compression"):
         require([Gate.of("error", math.inf, 0.0)])
+
+
+def test_advice_fits_the_gates_that_failed():
+    off, lossy = Gate.of_agreement("ONNX against PyTorch", 2.0, 1.0), Gate.of("rise", 0.2, 0.1)
+    with pytest.raises(GateError, match=r"ONNX against PyTorch is 2, allowed 1\. The report says by how much$"):
+        require([off, Gate.of("rise", 0.1, 0.1)])
+    with pytest.raises(GateError, match=r"allowed 1\. --tolerance allows more$"):
+        require([off, off], "--tolerance allows more")
+    with pytest.raises(GateError, match=r"allowed 0\.1\. The report says by how much\. Lower the compression"):
+        require([off, lossy])

@@ -15,6 +15,7 @@ from latentize import plots, report_html
 from latentize.bench import Latency, Timing
 from latentize.blocks import Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
+from latentize.comparison import Comparison
 from latentize.errors import MissingExtraError
 from latentize.load_balance import ExpertLoad
 from latentize.report import (
@@ -235,6 +236,15 @@ def test_gates_of_one_kind_that_held_are_one_sentence_with_the_closest_call():
 def test_a_failed_gate_is_called_failed():
     page = Page(report_html.render(replace(bare_report(), gates=(Gate.of("rise", math.nan, 0.01),))))
     assert "Gate failed: rise is NaN, allowed 0.0100" in page.text
+
+
+def test_a_failed_gate_of_a_comparison_is_called_failed_and_what_was_not_made_has_no_number():
+    gates = (Gate.of_agreement("onnxruntime", 2e-5, 1e-5), Gate.unmade("TensorRT engine"), Gate.of("rise", 0.0, 0.1))
+    made = Comparison("2026-01-02T03:04:05", ("torch",), None, (), (), {}, (), (), (), {}, gates)
+    page = Page(report_html.render(replace(bare_report(), comparison=made)))
+    assert "Gate failed: onnxruntime is 2.0 · 10⁻⁵, allowed 1.0 · 10⁻⁵." in page.text
+    assert "Gate failed: TensorRT engine: none could be made." in page.text
+    assert page.text.count("Gate failed") == 2
 
 
 def test_sixty_blocks_share_one_spectrum_and_a_dozen_loads():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from latentize import report
 from latentize.errors import LatentizeError
 from latentize.exporters import onnxruntime_ops
 from latentize.run_build import describe
+from latentize.ties import TieWatch
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -107,6 +109,71 @@ def test_a_graph_with_a_wrong_block_fails_and_the_block_is_named(out, capsys, na
     assert [error < 1e-5 for error in search.errors.values()] == [True, name != "up"]
     assert ("not in the routed experts" in search.note) == (name != "up")
     assert not list(out.glob(".model*"))
+
+
+def graph_of(path, inputs, kind=onnx.TensorProto.FLOAT, width=16):
+    """A graph that is of no model of ours: its first input, squared."""
+    helper = onnx.helper
+    names = [f"x{i}" for i in range(inputs)]
+    read = [helper.make_tensor_value_info(name, kind, ["t", width]) for name in names]
+    node = helper.make_node("Mul", [names[0]] * 2, ["y"])
+    made = helper.make_graph([node], "g", read, [helper.make_tensor_value_info("y", kind, ["t", width])])
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda out: shutil.copy(out / "original.onnx", out / "model.onnx"), "it is another model's graph"),
+        (lambda out: graph_of(out / "model.onnx", 1, width=24), "Expected: 24"),
+        (lambda out: graph_of(out / "model.onnx", 2), "the exported graph reads 2 tensors (x0, x1)"),
+        (lambda out: graph_of(out / "model.onnx", 1, onnx.TensorProto.INT64), "expected: (tensor(int64))"),
+    ],
+    ids=["original", "width", "number", "dtype"],
+)
+def test_the_graph_of_another_model_fails_its_gates(out, capsys, wrong, words):
+    wrong(out)
+    code, _, err = call(capsys, "compare", out, "--backend", "ort", "--max-tokens", "1", "-q")
+    assert code == 4, err
+    assert "onnxruntime against PyTorch, rewritten, T = 1 is " in err
+    made = report.read(out).comparison
+    assert words in " ".join([*made.notes, *(row.note for row in made.latency), made.blocks[1].note])
+    assert made.blocks[1].errors == {}
+    assert made.blocks[1].note
+    assert {row.backend for row in made.latency} == set(graphs())
+
+
+def test_a_disagreement_is_looked_at_for_ties_in_both_models_and_is_no_matter_of_compression(out, capsys, monkeypatch):
+    routers = set()
+
+    class Watch(TieWatch):
+        def __init__(self, model):
+            super().__init__(model)
+            routers.update(tuple(id(router) for router in self._routers[:1]))
+
+    monkeypatch.setattr("latentize.compare_outputs.TieWatch", Watch)
+    code, _, err = call(capsys, "compare", out, "--backend", "ort", "--max-tokens", "1", "--tolerance", "1e-12", "-q")
+    assert code == 4
+    assert len(routers) == 2
+    assert err.endswith("The report says where it begins; --tolerance allows more\n")
+
+
+@pytest.mark.parametrize("command", ["compare", "bench"])
+@pytest.mark.parametrize(
+    ("hidden", "words"),
+    [
+        (("onnxruntime",), "running ONNX files needs the package 'onnxruntime'"),
+        (("onnx", "onnx_ir"), "comparing a graph block by block needs the package 'onnx'"),
+    ],
+)
+def test_packages_that_are_missing_leave_out_what_needs_them(out, capsys, monkeypatch, command, hidden, words):
+    for name in hidden:
+        monkeypatch.setitem(sys.modules, name, None)
+    more = ("--max-tokens", "1") if command == "compare" else ()
+    code, shown, err = call(capsys, command, out, *more)
+    assert code == 0, err
+    if command == "compare" or "onnxruntime" in hidden:
+        assert words.replace(" ", "") in "".join(shown.split())
 
 
 @pytest.mark.slow
