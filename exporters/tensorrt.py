@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from latentize import store
+from latentize.disk_errors import COPY, disk_errors
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError, one_line
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import USUAL, Profile
 from latentize.native_build import cache_folder
 from latentize.progress import Progress, free_memory, silent
-from latentize.staging import disk_errors
 
 #: What tensorrt-rtx builds engines for, and where they then run.
 WHERE = {"portable": "NVIDIA GPUs of compute capability 8.0, 8.6, 8.9 and 12.0"} | {
@@ -43,7 +43,8 @@ FORM = "dense"
 #: Copies of the weights that a build holds at its worst moment, at least: parsed, in the network, in the engine.
 _COPIES = 3
 #: What the process says last when it ran out of something.
-_RAN_OUT = ("out of memory", "OutOfMemory", "bad_alloc", "MemoryError", "No space left")
+_RAN_OUT = ("out of memory", "OutOfMemory", "bad_alloc", "MemoryError", "No space left",
+            "Disk quota exceeded", "File too large")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def build(
     if not path.is_file():
         raise LatentizeError(f"{out} holds no model.onnx: convert with --export onnx first")
     _check_memory(path)
-    with disk_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
+    errors = disk_errors(out, "what was finished is kept there", COPY)
+    with errors, tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
         work = Path(folder)
         tokens = max(p.in_flight[1] for p in profiles)
         dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)

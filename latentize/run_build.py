@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentize import artefact, report, terminal
+from latentize import artefact, report, staging, terminal
+from latentize.disk_errors import COPY
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.progress import Steps
@@ -49,6 +50,7 @@ def build(
     """
     libraries, gpus = [t for t in targets if t in LIBRARIES], [t for t in targets if t not in LIBRARIES]
     artefact.read_manifest(out)
+    staging.check_writable(out, elsewhere=COPY)
     console, _ = terminal.consoles(quiet=quiet)
     if libraries:
         made = _library(out, libraries)

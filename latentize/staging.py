@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -13,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from latentize.disk_errors import ELSEWHERE, disk_errors, write_error
 from latentize.errors import LatentizeError, ResourceError
 
 MANIFEST = "latentize.json"
@@ -61,12 +61,7 @@ def check_target(out: Path) -> None:
     if os.path.ismount(out):
         raise LatentizeError(f"{out}: is a mount point, which cannot be replaced as a whole; name a folder inside it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise LatentizeError(
-            f"{out}: the folder {parent} cannot be written ({error.strerror}); choose another place with -o"
-        ) from None
+    check_writable(parent, f"{out}: the folder {parent}")
     if not out.exists():
         return
     if not out.is_dir():
@@ -85,6 +80,23 @@ def check_target(out: Path) -> None:
         raise LatentizeError(
             f"{out}: holds {foreign[0]!r}, which latentize did not write and would delete; move it away"
         )
+
+
+def check_writable(folder: Path, said: str = "", elsewhere: str = ELSEWHERE) -> None:
+    """Refuse a folder that no file can be made in, a full disk's too.
+
+    Args:
+        folder: it exists.
+        said: what it is called; its path where nothing is given.
+        elsewhere: what to do where it cannot be written.
+
+    Raises:
+        LatentizeError: saying why.
+    """
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise write_error(said or folder, error, elsewhere=elsewhere) from None
 
 
 def is_ours(folder: Path) -> bool:
@@ -146,37 +158,6 @@ def replaced(folder: Path, last: str, old: Sequence[str] = ()) -> Iterator[Path]
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-@contextmanager
-def disk_errors(
-    out: Path, advice: str = "nothing was left there: free some space and run again"
-) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written into errors of ours; `advice` says what a full one left.
-
-    Raises:
-        ResourceError: the disk is full.
-        LatentizeError: `out` cannot be written.
-    """
-    try:
-        yield
-    except LatentizeError:
-        raise
-    except Exception as error:
-        if disk_full(error):
-            raise ResourceError(f"{out}: the disk is full; {advice}") from error
-        if isinstance(error, PermissionError):
-            raise LatentizeError(
-                f"{out}: cannot be written ({error.strerror}); choose another place with -o"
-            ) from error
-        raise
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk or the quota is full, whoever raised it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`latentize compare` and `build` on a folder that a conversion wrote: numbers in the report, gates, first blocks."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -161,6 +162,25 @@ def test_a_damaged_report_is_said_before_the_work(out, capsys, monkeypatch, comm
     code, _, err = call(capsys, command, out)
     assert code == 2
     assert "report.json: not JSON" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("compare",), ("build",), ("build", "--dtype", "fp16"), ("build", "--target", "onnxruntime")]
+)
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(out, capsys, monkeypatch, arguments):
+    def read_only(**_where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    if arguments[0] == "build":
+        pytest.importorskip("tensorrt_rtx")
+    for begun in ("compare_backends.available", "run_build._exported", "exporters.tensorrt.build",
+                  "exporters.onnxruntime_ops.build"):  # fmt: skip
+        monkeypatch.setattr(f"latentize.{begun}", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("latentize.staging.tempfile.TemporaryFile", read_only)
+    command, *options = arguments
+    code, _, err = call(capsys, command, out, *options)
+    assert code == 2
+    assert err == f"latentize: {out}: cannot be written (Read-only file system); make it writable, or use a copy\n"
 
 
 def with_profiles(out, profiles):
