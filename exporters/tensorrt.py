@@ -98,8 +98,8 @@ def build(
         progress: called now and then.
 
     Raises:
-        LatentizeError: there is no ONNX file, a target is unknown or not this machine's, a profile contradicts the
-            graph, or TensorRT rejects the model (the node is named).
+        LatentizeError: there is no ONNX file of a converted model, a target is unknown or not this machine's, a profile
+            contradicts the graph, TensorRT rejects the model (the node is named), or `out` cannot be written.
         MissingExtraError: neither library, or not onnx or onnxscript, is installed.
         ResourceError: there is too little memory or disk.
     """
@@ -185,6 +185,7 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str,
     import onnx.inliner
     import onnx_ir as ir
 
+    from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
     from latentize.exporters.onnx_experts import attach_bodies
 
     try:
@@ -192,7 +193,12 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str,
     except Exception as error:
         raise LatentizeError(f"{source}: not a readable ONNX file ({one_line(error)}); export it again") from error
     model.functions.clear()
-    hidden = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "LatentExperts"]
+    nodes = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+    if not nodes:
+        raise LatentizeError(
+            f"{source}: holds no {DOMAIN}::{OP_TYPE} node, so it is not the graph of a converted model; export it again"
+        )
+    hidden = [node.inputs[0] for node in nodes]
     dtypes = [value.dtype for value in hidden if value is not None]
     problems: list[Any] = []
     if experts == "dense":

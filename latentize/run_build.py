@@ -16,7 +16,7 @@ from latentize.disk_errors import COPY
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.progress import Steps
-from latentize.run_onnx import REWRITTEN
+from latentize.run_onnx import REWRITTEN, check_own
 
 if TYPE_CHECKING:
     from latentize.exporters.onnxruntime_ops import Library
@@ -43,8 +43,8 @@ def build(
         quiet: say nothing.
 
     Raises:
-        LatentizeError: OUT is not ours, holds no ONNX graph, a target or profile does not fit, TensorRT rejects it, or
-            there is no compiler for the library.
+        LatentizeError: OUT is not ours, cannot be written or holds no ONNX graph of its own, a target or profile does
+            not fit, TensorRT rejects it, or there is no compiler for the library.
         MissingExtraError: the packages that build engines are not installed.
         ResourceError: there is too little memory or disk.
     """
@@ -85,6 +85,8 @@ def _engines(
         raise LatentizeError(
             f"{out}: engines are built from {REWRITTEN}, which is not there; convert with --export onnx"
         )
+    if dtype is None:
+        check_own(out, manifest.recipe)
     console, progress = terminal.consoles(quiet=quiet)
     steps = Steps(progress)
     with tempfile.TemporaryDirectory() as folder:

@@ -64,14 +64,18 @@ def test_engine_is_built_on_a_machine_without_a_gpu(target: str, bypass: int, tm
 
 
 class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = make_block()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unique()
+        return self.moe(x).unique()
 
 
 @pytest.mark.slow
 def test_operator_that_tensorrt_rejects_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    write_onnx(Unknown(), tmp_path, torch.zeros(2, 5))
+    write_onnx(Unknown(), tmp_path, torch.zeros(2, 5, D))
     with pytest.raises(LatentizeError, match=r"cannot build it for portable: node .*[Uu]nique"):
         build(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"model.onnx"}
@@ -90,6 +94,23 @@ def test_broken_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
     with pytest.raises(LatentizeError, match="not a readable ONNX file"):
         build(tmp_path)
+
+
+@pytest.mark.parametrize("experts", ["dense", "plugin"])
+@pytest.mark.parametrize("content", ["empty", "foreign"])
+def test_a_graph_without_experts_is_one_line(tmp_path: Path, experts: Any, content: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    onnx = pytest.importorskip("onnx")
+    (tmp_path / "model.onnx").touch()
+    if content == "foreign":
+        info = onnx.helper.make_tensor_value_info
+        values = [info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"]
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
+        onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(LatentizeError, match=r"model\.onnx: holds no latentize::LatentExperts node") as caught:
+        build(tmp_path, experts=experts)
+    assert caught.value.exit_code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,11 @@ from command_line import call
 from onnx_backends import graphs
 
 import latentize
-from latentize import report
+from latentize import artefact, report
 from latentize.errors import LatentizeError
 from latentize.exporters import onnxruntime_ops
 from latentize.run_build import describe
+from latentize.run_onnx import check_own
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -181,6 +182,41 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(out, capsys, mo
     code, _, err = call(capsys, command, out, *options)
     assert code == 2
     assert err == f"latentize: {out}: cannot be written (Read-only file system); make it writable, or use a copy\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "words"),
+    [
+        ("model", "original", "it is the original one"),
+        ("recipe", {"seed": 1}, "seed of its recipe is 1, not 0"),
+        ("evidence", {"a.moe": {"max_error": 0.0}}, "its blocks are a.moe, not a.moe, b.moe"),
+        ("evidence", None, "its block a.moe was proved by another run"),
+    ],
+)
+def test_another_conversions_graph_is_not_built_from(out, capsys, monkeypatch, key, other, words):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("latentize.exporters.tensorrt.build", lambda *_, **__: pytest.fail("the work began"))
+    graph = onnx.load(out / "model.onnx")
+    entry = next(entry for entry in graph.metadata_props if entry.key == f"latentize.{key}")
+    if other is None:
+        other = json.loads(entry.value)
+        other["a.moe"]["max_error"] *= 2
+    entry.value = other if isinstance(other, str) else json.dumps(other)
+    onnx.save(graph, out / "model.onnx")
+    code, _, err = call(capsys, "build", out)
+    assert code == 2
+    assert f"model.onnx: is not the graph of the model in {out}: {words}; put its own back" in err
+    assert err.count("\n") == 1
+
+
+def test_graphs_that_may_be_its_own_are_built_from(out):
+    with_profiles(out, [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}])  # other ones than the graph was made for
+    recipe = artefact.read_manifest(out).recipe
+    check_own(out, recipe)
+    graph = onnx.load(out / "model.onnx")
+    del graph.metadata_props[:]  # as one that was exported from Python
+    onnx.save(graph, out / "model.onnx")
+    check_own(out, {**recipe, "seed": 7})
 
 
 def with_profiles(out, profiles):
