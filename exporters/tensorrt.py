@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,9 +80,12 @@ def build(
     strict: bool = False,
     experts: Experts = "dense",
     source: Path | None = None,
+    put: Callable[[Engine, Path], None] | None = None,
     progress: Progress = silent,
 ) -> tuple[Engine, ...]:
     """Build an engine for each target from `out`/model.onnx, as `out`/model.TARGET.engine.
+
+    Each is in its place before the next one is begun, and stays there where that one fails.
 
     With `experts` "dense" they run as three dense matrix products over all experts; with "plugin" as the layer of
     `tensorrt_plugin`, which reads the selected ones only and must be registered by whoever loads the engine; with
@@ -95,6 +98,7 @@ def build(
         strict: refuse profiles where the graph fixes an axis at another size.
         experts: how the routed experts run, in the dtype of the ONNX file.
         source: another ONNX file than `out`/model.onnx.
+        put: what puts a finished engine, from the file given, in its place; by default it is only moved there.
         progress: called now and then.
 
     Raises:
@@ -123,14 +127,22 @@ def build(
             "profiles": [[list(p.batch), list(p.tokens)] for p in profiles], "strict": strict,
             "source": str(work / "model.onnx"),
         }  # fmt: skip
-        made = [_build(out, target, request, work, progress) for target in chosen]
-    return tuple(Engine(**{**fields, "experts": experts, "dtype": dtype}) for fields in made)
+        engines = []
+        for target in chosen:
+            fields, finished = _build(out, target, request, work, progress)
+            engine = Engine(**{**fields, "experts": experts, "dtype": dtype})
+            if put is None:
+                finished.replace(out / engine.file)
+            else:
+                put(engine, finished)
+            engines.append(engine)
+    return tuple(engines)
 
 
 def _targets(library: str, targets: Sequence[str] | None) -> tuple[str, ...]:
-    """The targets to build for, each of which this library on this machine can."""
+    """The targets to build for, each once, which this library on this machine can."""
     rtx = library == "tensorrt_rtx"
-    chosen = tuple(targets) if targets else (("portable",) if rtx else (NATIVE,))
+    chosen = tuple(dict.fromkeys(targets)) if targets else (("portable",) if rtx else (NATIVE,))
     for target in chosen:
         if target != NATIVE and target not in WHERE:
             raise LatentizeError(
@@ -226,27 +238,29 @@ def _no_tensor(path: str, _tensor: Any) -> Any:
     raise AssertionError(f"{path}: a problem holds no tensors")
 
 
-def _build(out: Path, target: str, request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
+def _build(
+    out: Path, target: str, request: dict[str, Any], work: Path, progress: Progress
+) -> tuple[dict[str, Any], Path]:
+    """Fields of an engine, and its file in `work`."""
     path = out / f"model.{target}.engine"
-    unfinished = work / path.name
+    finished = work / path.name
     start = time.perf_counter()
     answer = _ask_worker(
-        {**request, "engine": str(unfinished), "target": target, "cache": str(cache_folder())}, work,
+        {**request, "engine": str(finished), "target": target, "cache": str(cache_folder())}, work,
         lambda done, total, note="": progress(done, total, f"{target}: {note}"),
     )  # fmt: skip
     if "error" in answer:
         raise LatentizeError(f"{path}: TensorRT cannot build it for {target}: {answer['error']}")
-    unfinished.replace(path)
     profiles = tuple(
         {name: tuple(tuple(shape) for shape in shapes) for name, shapes in one.items()} for one in answer["profiles"]
     )
     plan = None if answer["plan"] is None else tuple(answer["plan"])
     return {
         "file": path.name, "target": target, "library": answer["library"], "profiles": profiles,
-        "layers": answer["layers"], "plugins": answer["plugins"], "plan": plan, "bytes": path.stat().st_size,
+        "layers": answer["layers"], "plugins": answer["plugins"], "plan": plan, "bytes": finished.stat().st_size,
         "seconds": time.perf_counter() - start, "timed_before": answer["timed_before"],
         "notes": tuple(answer["notes"]),
-    }  # fmt: skip
+    }, finished  # fmt: skip
 
 
 def _ask_worker(request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:

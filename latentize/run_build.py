@@ -54,7 +54,7 @@ def build(
     console, _ = terminal.consoles(quiet=quiet)
     if libraries:
         made = _library(out, libraries)
-        for line in (describe_library(made, out), *_kept(out, libraries=(made,))):
+        for line in (describe_library(made, out), *_kept(out, (made.file,), libraries=(made,))):
             console.print(terminal.plain(line))
     if gpus or not libraries:
         _engines(out, gpus, experts, profiles, dtype, quiet=quiet)
@@ -94,13 +94,26 @@ def _engines(
         if dtype is not None:
             with steps.step("export"):
                 source = _exported(out, dtype, Path(folder))
-        with steps.step("build") as show:
-            engines = tensorrt.build(
-                out, targets=targets, profiles=chosen, strict=bool(profiles or planned), experts=experts, source=source,
-                progress=show,
-            )  # fmt: skip
-    for line in (*map(describe, engines), *_kept(out, engines=engines)):
-        console.print(terminal.plain(line))
+        lines: list[str] = []
+        try:
+            with steps.step("build") as show:
+                tensorrt.build(
+                    out, targets=targets, profiles=chosen, strict=bool(profiles or planned), experts=experts,
+                    source=source, put=lambda engine, finished: lines.extend(_put(out, engine, finished)),
+                    progress=show,
+                )  # fmt: skip
+        finally:
+            for line in dict.fromkeys(lines):
+                console.print(terminal.plain(line))
+
+
+def _put(out: Path, engine: Engine, finished: Path) -> tuple[str, ...]:
+    """Put an engine in its place and into the report, which never describes another one; what there is to say."""
+    made = report.read(out) if (out / report.JSON_NAME).exists() else None
+    if made is not None and any(known.file == engine.file for known in made.engines):
+        _kept(out, (engine.file,))
+    finished.replace(out / engine.file)
+    return describe(engine), *_kept(out, (engine.file,), engines=(engine,))
 
 
 def describe(engine: Engine) -> str:
@@ -157,12 +170,13 @@ def _exported(out: Path, dtype: str, folder: Path) -> Path:
     return export_onnx(source.model.to(wanted), args, kwargs, folder / REWRITTEN, form="dense").path
 
 
-def _kept(out: Path, *, engines: Sequence[Engine] = (), libraries: Sequence[Library] = ()) -> list[str]:
-    """Put what was built into the report of OUT, in place of that of the same name; what stood in the way."""
+def _kept(
+    out: Path, names: Sequence[str], *, engines: Sequence[Engine] = (), libraries: Sequence[Library] = ()
+) -> list[str]:
+    """Put what was built into the report of OUT, in place of what has one of these names; what stood in the way."""
     if not (out / report.JSON_NAME).exists():
         return []
     made = report.read(out)
-    names = {*(engine.file for engine in engines), *(library.file for library in libraries)}
     kept_engines = (*(engine for engine in made.engines if engine.file not in names), *engines)
     kept_libraries = (*(library for library in made.libraries if library.file not in names), *libraries)
     try:

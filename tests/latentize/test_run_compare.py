@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from onnx_backends import graphs
 
 import latentize
 from latentize import artefact, report
-from latentize.errors import LatentizeError
+from latentize.errors import LatentizeError, ResourceError
 from latentize.exporters import onnxruntime_ops
 from latentize.run_build import describe
 from latentize.run_onnx import check_own
@@ -264,6 +266,69 @@ def test_engines_are_built_from_the_recipe_in_another_dtype_and_reported(out, ca
     assert list(engine.profiles[0].values()) == [((1, 16), (4, 16), (32, 16))]
     assert " ".join(describe(engine).split()) in " ".join(shown.split())
     assert "model.portable.engine" in (out / "report.html").read_text()
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Stands in for TensorRT's process: for each target, what it writes into the engine, or the error that it has."""
+    pytest.importorskip("tensorrt_rtx")
+    content, built = {}, []
+
+    def answer(request, _work, _progress):
+        built.append(request["target"])
+        found = content.get(request["target"], b"an engine")
+        if isinstance(found, BaseException):
+            raise found
+        Path(request["engine"]).write_bytes(found)
+        return {"profiles": [], "layers": {}, "plugins": 0, "plan": None, "timed_before": False, "notes": [],
+                "library": "tensorrt-rtx 0"}  # fmt: skip
+
+    monkeypatch.setattr("latentize.exporters.tensorrt._ask_worker", answer)
+    return types.SimpleNamespace(content=content, built=built)
+
+
+def test_a_target_given_twice_is_built_once(out, capsys, worker):
+    code, _, err = call(capsys, "build", out, "--target", "SM80", "--target", "SM86", "--target", "SM80")
+    assert code == 0, err
+    assert worker.built == ["SM80", "SM86"]
+    assert [engine.file for engine in report.read(out).engines] == ["model.SM80.engine", "model.SM86.engine"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ResourceError("SM120 ran out of disk"), 5), (KeyboardInterrupt(), 130)]
+)  # fmt: skip
+def test_engines_before_one_that_fails_are_in_the_report(out, capsys, worker, error, code):
+    assert call(capsys, "build", out, "--target", "SM80", "--target", "SM86")[0] == 0
+    earlier = report.read(out)
+    report.write(replace(earlier, engines=(*earlier.engines, earlier.engines[0])), out)  # one file, two entries
+    worker.content.update({"SM80": b"another engine", "SM120": error})
+    found, shown, _ = call(capsys, "build", out, *(f"--target={target}" for target in ("SM80", "SM120", "SM89")))
+    assert found == code
+    assert "model.SM80.engine: 14 bytes" in shown
+    assert {engine.file: engine.bytes for engine in report.read(out).engines} == {
+        "model.SM86.engine": 9, "model.SM80.engine": 14,
+    }  # fmt: skip
+    assert len(report.read(out).engines) == 2
+    assert {file.name for file in out.glob("*.engine")} == {"model.SM86.engine", "model.SM80.engine"}
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_report_without_room_never_describes_another_engine(out, capsys, worker, monkeypatch, room):
+    """Room for none of the reports that are written, or for that of the engines that stay."""
+    assert call(capsys, "build", out, "--target", "SM80")[0] == 0
+    worker.content["SM80"] = b"another engine"
+    write, written = report.write, []
+
+    def full(made, folder):
+        written.append(made)
+        if len(written) > room:
+            raise ResourceError("report.json: the disk is full")
+        return write(made, folder)
+
+    monkeypatch.setattr(report, "write", full)
+    assert call(capsys, "build", out, "--target", "SM80")[0] == 5
+    size = (out / "model.SM80.engine").stat().st_size
+    assert [engine.bytes for engine in report.read(out).engines] == [size][room:]
 
 
 @pytest.mark.slow
