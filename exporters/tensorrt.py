@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -28,6 +27,7 @@ from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import USUAL, Profile
 from latentize.native_build import cache_folder
 from latentize.progress import Progress, free_memory, silent
+from latentize.staging import working_folder
 
 #: What tensorrt-rtx builds engines for, and where they then run.
 WHERE = {"portable": "NVIDIA GPUs of compute capability 8.0, 8.6, 8.9 and 12.0"} | {
@@ -118,8 +118,7 @@ def build(
         raise LatentizeError(f"{out} holds no model.onnx: convert with --export onnx first")
     _check_memory(path)
     errors = disk_errors(out, "what was finished is kept there", COPY)
-    with errors, tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
-        work = Path(folder)
+    with errors, working_folder(out) as work:
         tokens = max(p.in_flight[1] for p in profiles)
         dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)
         request = {
@@ -267,7 +266,7 @@ def _ask_worker(request: dict[str, Any], work: Path, progress: Progress) -> dict
     paths = [str(_library_folder(work)), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
     worker = subprocess.Popen(  # noqa: S603 - our own module, no shell
-        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
+        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", str(os.getpid()), json.dumps(request)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
     )  # fmt: skip
     assert worker.stdout is not None

@@ -16,8 +16,12 @@ from latentize.disk_errors import ELSEWHERE, disk_errors, write_error
 from latentize.errors import LatentizeError, ResourceError
 
 MANIFEST = "latentize.json"
-#: What a folder of ours may hold besides the files its manifest lists: engines and the library of `latentize build`.
-_LATER = ("*.engine", "latentize_onnxruntime.so")
+#: How folders that `working_folder` makes in an OUT are called.
+WORK = ".engine."
+#: What a folder of ours may hold besides the files its manifest lists: engines and the library of `latentize build`,
+#: and what a killed `build` or `compare` left.
+_LATER = ("*.engine", "latentize_onnxruntime.so", f"{WORK}*", ".latentize_onnxruntime.so.*.partial",
+          ".report.*.partial", ".model.onnx.*.onnx")  # fmt: skip
 
 
 @contextmanager
@@ -75,6 +79,9 @@ def check_target(out: Path) -> None:
         )
     listed = set(json.loads((out / MANIFEST).read_text()).get("files", []))
     unlisted = files - listed - {MANIFEST}
+    for work in sorted(name for name in unlisted if name.startswith(WORK)):
+        if _at_work(out / work):
+            raise LatentizeError(f"{out}: a latentize build is at work in it; wait for its end, or stop it")
     foreign = sorted(name for name in unlisted if not any(fnmatchcase(name, later) for later in _LATER))
     if foreign:
         raise LatentizeError(
@@ -155,6 +162,23 @@ def replaced(folder: Path, last: str, old: Sequence[str] = ()) -> Iterator[Path]
             file.replace(folder / file.name)
 
 
+@contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    """A new folder in `out`, to build in, that is deleted when the block ends; those that killed runs left go first.
+
+    Raises:
+        OSError: what the disk has against it.
+    """
+    for left in out.glob(f"{WORK}*"):
+        _clear(left)
+    folder = Path(tempfile.mkdtemp(dir=out, prefix=WORK))
+    try:
+        with _in_use(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
@@ -173,6 +197,23 @@ def _in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _at_work(folder: Path) -> bool:
+    """Whether a process that is alive holds a folder."""
+    try:
+        with _in_use(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Delete a folder that no process holds."""
+    with suppress(OSError), _in_use(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear_leftovers(out: Path) -> None:

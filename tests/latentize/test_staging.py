@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from latentize.errors import LatentizeError, ResourceError
-from latentize.staging import MANIFEST, check_space, check_target, replaced, staged
+from latentize.staging import MANIFEST, check_space, check_target, replaced, staged, working_folder
 
 
 def fill(folder, text="new"):
@@ -52,6 +52,39 @@ def test_what_was_built_in_an_earlier_result_does_not_stand_in_the_way(tmp_path)
         fill(folder)
     assert not [*out.glob("*.engine"), *out.glob("*.so")]
     assert (out / "weights").read_text() == "new"
+
+
+def test_a_folder_to_build_in_is_gone_afterwards_and_so_are_those_of_killed_builds(tmp_path):
+    dead = tmp_path / ".engine.dead"
+    dead.mkdir()
+    (dead / "model.onnx").write_text("half")
+    with working_folder(tmp_path) as first, working_folder(tmp_path) as second:
+        (first / "model.onnx").write_text("whole")
+        assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [".report.json.x1.partial", ".latentize_onnxruntime.so.x1.partial",
+                                  ".model.onnx.x1.onnx", ".engine.x1/model.onnx"])  # fmt: skip
+def test_what_a_killed_command_left_in_an_earlier_result_does_not_stand_in_the_way(tmp_path, left):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "old")
+    (out / left).parent.mkdir(exist_ok=True)
+    (out / left).write_text("half")
+    with staged(out) as folder:
+        fill(folder)
+    assert {file.name for file in out.iterdir()} == {"weights", MANIFEST}
+
+
+def test_a_build_at_work_in_an_earlier_result_is_named(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder)
+    with working_folder(out) as work, pytest.raises(LatentizeError, match="a latentize build is at work in it; wait"):
+        check_target(out)
+    assert not work.exists()
+    check_target(out)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
