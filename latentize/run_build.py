@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build(
-    out: Path, targets: Sequence[str], experts: Experts, *, profiles: Sequence[Profile] = (), dtype: str | None = None,
-    quiet: bool = False,
+    out: Path, targets: Sequence[str], experts: Experts | None = None, *, profiles: Sequence[Profile] = (),
+    dtype: str | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Build for the converted model in OUT what each target needs; the report gets what was built.
 
@@ -37,18 +37,22 @@ def build(
         out: the folder.
         targets: of `LIBRARIES` for a library of latentize's operator that onnxruntime registers, or what engines are
             built for; none for the default of the TensorRT library that is installed.
-        experts: how the routed experts run.
+        experts: how the routed experts run in engines; None for dense.
         profiles: what the engines take; none for the recipe's.
         dtype: of `DTYPES`; the model is exported again in it. None for that of the graph in OUT.
         quiet: say nothing.
 
     Raises:
         LatentizeError: OUT is not ours, cannot be written or holds no ONNX graph of its own, a target or profile does
-            not fit, TensorRT rejects it, or there is no compiler for the library.
+            not fit, options of engines are given where none is built, TensorRT rejects the graph, or there is no
+            compiler for the library.
         MissingExtraError: the packages that build engines are not installed.
         ResourceError: there is too little memory or disk.
     """
+    targets = tuple(dict.fromkeys(targets))
     libraries, gpus = [t for t in targets if t in LIBRARIES], [t for t in targets if t not in LIBRARIES]
+    if libraries and not gpus:
+        _refuse_options(libraries[0], {"--experts": experts, "--dtype": dtype, "--profile": profiles})
     artefact.read_manifest(out)
     staging.check_writable(out, elsewhere=COPY)
     console, _ = terminal.consoles(quiet=quiet)
@@ -57,7 +61,16 @@ def build(
         for line in (describe_library(made, out), *_kept(out, (made.file,), libraries=(made,))):
             console.print(terminal.plain(line))
     if gpus or not libraries:
-        _engines(out, gpus, experts, profiles, dtype, quiet=quiet)
+        _engines(out, gpus, experts or "dense", profiles, dtype, quiet=quiet)
+
+
+def _refuse_options(target: str, options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise LatentizeError(
+            f"{' and '.join(given)}: for engines alone, and --target {target} makes a library, which runs {REWRITTEN} "
+            "as it is; leave this out, or name a GPU as a target too"
+        )
 
 
 def _library(out: Path, targets: Sequence[str]) -> Library:

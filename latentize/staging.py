@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -62,7 +64,7 @@ def check_target(out: Path) -> None:
     """
     if not out.name or out.name == "..":
         raise LatentizeError(f"{out}: is the folder that the command runs in or above; name a new one with -o")
-    if os.path.ismount(out):
+    if _is_mount(out):
         raise LatentizeError(f"{out}: is a mount point, which cannot be replaced as a whole; name a folder inside it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     check_writable(parent, f"{out}: the folder {parent}")
@@ -199,6 +201,18 @@ def _in_use(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def _is_mount(path: Path) -> bool:
+    """Whether something is mounted there, of the same file system too, which `os.path.ismount` does not see."""
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    places = (re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), mount.split()[4]) for mount in mounts)
+    return os.fsencode(path.absolute().parent.resolve() / path.name) in places
+
+
 def _at_work(folder: Path) -> bool:
     """Whether a process that is alive holds a folder."""
     try:
@@ -246,11 +260,24 @@ def _publish(folder: Path, out: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
     with _in_use(old):
-        out.rename(old / out.name)
         try:
+            _set_aside(out, old)
             folder.rename(out)
         except BaseException:
-            (old / out.name).rename(out)
+            if (old / out.name).exists():
+                (old / out.name).rename(out)
             raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(out: Path, old: Path) -> None:
+    try:
+        out.rename(old / out.name)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        raise LatentizeError(
+            f"{out}: cannot be replaced ({error.strerror}) and stays as it was; move it away and run again, a command "
+            "with --resume"
+        ) from error

@@ -268,6 +268,22 @@ def test_engines_are_built_from_the_recipe_in_another_dtype_and_reported(out, ca
     assert "model.portable.engine" in (out / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--dtype", "fp16"), "--dtype: for engines alone, and --target onnxruntime makes a library"),
+        (("--experts", "dense"), "--experts: for engines alone"),
+        (("--experts", "plugin", "--dtype", "fp32", "--profile", "1x5"), "--experts and --dtype and --profile: for"),
+    ],
+)
+def test_options_of_engines_are_refused_where_none_is_built(out, capsys, monkeypatch, options, words):
+    monkeypatch.setattr(onnxruntime_ops, "build", lambda *_, **__: pytest.fail("the work began"))
+    code, _, err = call(capsys, "build", out, "--target", "onnxruntime", *options)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
 @pytest.fixture
 def worker(monkeypatch):
     """Stands in for TensorRT's process: for each target, what it writes into the engine, or the error that it has."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,40 @@ def test_too_little_space_is_said_before_the_work(tmp_path):
 def test_places_that_cannot_become_a_folder_of_ours_are_named(out):
     with pytest.raises(LatentizeError, match="with -o"):
         check_target(Path(out))
+
+
+@pytest.mark.parametrize("name", ["out", "out of é"])
+def test_a_mount_point_of_the_same_file_system_is_refused_before_the_work(tmp_path, monkeypatch, name):
+    out, read = tmp_path / name, Path.read_bytes
+    out.mkdir()
+    check_target(out)
+    place = str(out).replace(" ", r"\040")
+    mounts = f"22 1 8:1 / / rw - ext4 a rw\n23 22 8:1 /a {place} rw - ext4 a rw\n".encode()
+    monkeypatch.setattr(Path, "read_bytes", lambda p: mounts if p == Path("/proc/self/mountinfo") else read(p))
+    with pytest.raises(LatentizeError, match="is a mount point, which cannot be replaced"):
+        check_target(out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LatentizeError, match="is a mount point"):
+        check_target(Path(name))
+    check_target(tmp_path / "another")
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_folder_that_cannot_be_moved_stays_and_is_one_line(tmp_path, monkeypatch, number):
+    out, rename = tmp_path / "out", Path.rename
+    with staged(out) as folder:
+        fill(folder, "old")
+
+    def refused(path, target):
+        if path == out:
+            raise OSError(number, os.strerror(number))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(LatentizeError, match=r"cannot be replaced \(.* --resume"), staged(out) as folder:
+        fill(folder)
+    assert (out / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_killed_run_left_is_cleared_by_the_next_one(tmp_path):
