@@ -311,7 +311,8 @@ def write_data(report: Report, out: Path) -> Path:
     """Write report.json into the folder `out`, whole or not at all; returns its path.
 
     Raises:
-        ResourceError: the disk is full or `out` cannot be written.
+        ResourceError: the disk is full.
+        LatentizeError: `out` cannot be written.
     """
     _write_together(out, {JSON_NAME: to_json(report)})
     return out / JSON_NAME
@@ -322,7 +323,8 @@ def write(report: Report, out: Path) -> tuple[Path, Path]:
 
     Raises:
         MissingExtraError: a package that the page needs is not installed; report.json is written nevertheless.
-        ResourceError: the disk is full or `out` cannot be written.
+        ResourceError: the disk is full.
+        LatentizeError: `out` cannot be written.
     """
     from latentize.report_html import render
 
