@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latentize.disk_errors import COPY, disk_errors
 from latentize.errors import LatentizeError, MissingExtraError, one_line
 from latentize.exporters.captured import exporting
 from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
@@ -18,7 +19,6 @@ from latentize.exporters.onnx_check import open_session, relative_error, run_ses
 from latentize.exporters.onnx_experts import place
 from latentize.inputs import Inputs
 from latentize.ops import latent_experts
-from latentize.staging import disk_errors
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -48,9 +48,9 @@ def block_errors(path: Path, model: nn.Module, inputs: Inputs, tolerance: float)
     """
     places, values = _blocks(path)
     found: dict[str, float] = {}
-    advice = "a copy of the graph that gives its blocks' outputs does not fit: free some space and run again"
+    left = "a copy of the graph that gives its blocks' outputs does not fit"
     with (
-        disk_errors(path, advice),
+        disk_errors(path, left, COPY),
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".onnx") as opened,
     ):
         _with_outputs(path, Path(opened.name), values)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentize.errors import LatentizeError, ResourceError
+from latentize.disk_errors import write_error
+from latentize.errors import LatentizeError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -49,11 +49,8 @@ def write_model(model: ir.Model, path: Path, external_above: int) -> Path | None
         finally:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(
-                f"{path}: the disk is full ({weights / 2**20:.0f} MiB of weights to write); free space and run again"
-            ) from None
-        raise LatentizeError(f"{path}: cannot be written ({error.strerror or error}); choose another folder") from None
+        left = f"it takes {weights / 2**20:.0f} MiB"
+        raise write_error(path, error, left, "choose another folder") from None
     return data_path
 
 

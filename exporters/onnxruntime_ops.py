@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentize import kernels_native
-from latentize.errors import LatentizeError, ResourceError, one_line
-from latentize.native_build import Sources, compiled
+from latentize.disk_errors import COPY, disk_errors
+from latentize.errors import LatentizeError, one_line
+from latentize.native_build import Sources, cache_folder, compiled
+from latentize.whole_files import written_whole
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -97,8 +99,9 @@ def build(out: Path, *, native: bool = False) -> Library:
         native: for this machine's processor instead of one that most machines of its architecture have.
 
     Raises:
-        LatentizeError: no compiler was found or it fails, or this system or architecture is not supported.
-        ResourceError: the disk is full.
+        LatentizeError: no compiler was found or it fails, or this system or architecture is not supported; or
+            `out` or LATENTIZE_CACHE cannot be written.
+        ResourceError: the disk is full, that of `out` or of LATENTIZE_CACHE.
     """
     machine = platform.machine()
     variants: tuple[tuple[str, ...], ...] = _NATIVE
@@ -113,7 +116,7 @@ def build(out: Path, *, native: bool = False) -> Library:
             f"no portable library for {machine}, only for {known}; give --target onnxruntime-native for this machine"
         )
     try:
-        with _lock:
+        with _lock, disk_errors(cache_folder(), elsewhere="name another folder in LATENTIZE_CACHE"):
             made = _compiled(variants)
     except OSError as error:
         raise LatentizeError(f"{out}: no {FILE} ({error}); install g++ or clang++, or name one in CXX") from None
@@ -122,13 +125,8 @@ def build(out: Path, *, native: bool = False) -> Library:
 
 def _placed(made: Path, out: Path, processor: str) -> Library:
     target = out / FILE
-    unfinished = target.with_name(f".{FILE}.{os.getpid()}")
-    try:
+    with disk_errors(target, "an earlier one stays there", COPY), written_whole(target) as (unfinished,):
         shutil.copyfile(made, unfinished)
-        unfinished.replace(target)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise ResourceError(f"{target}: cannot be written ({error.strerror}); free some space") from None
     system = f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}".rstrip(", ")
     return Library(FILE, processor, system, target.stat().st_size)
 

@@ -12,22 +12,22 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from latentize import store
+from latentize.disk_errors import COPY, disk_errors
 from latentize.errors import LatentizeError, MissingExtraError, ResourceError, one_line
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import USUAL, Profile
 from latentize.native_build import cache_folder
 from latentize.progress import Progress, free_memory, silent
-from latentize.staging import disk_errors
+from latentize.staging import working_folder
 
 #: What tensorrt-rtx builds engines for, and where they then run.
 WHERE = {"portable": "NVIDIA GPUs of compute capability 8.0, 8.6, 8.9 and 12.0"} | {
@@ -43,7 +43,8 @@ FORM = "dense"
 #: Copies of the weights that a build holds at its worst moment, at least: parsed, in the network, in the engine.
 _COPIES = 3
 #: What the process says last when it ran out of something.
-_RAN_OUT = ("out of memory", "OutOfMemory", "bad_alloc", "MemoryError", "No space left")
+_RAN_OUT = ("out of memory", "OutOfMemory", "bad_alloc", "MemoryError", "No space left",
+            "Disk quota exceeded", "File too large")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ def build(
     strict: bool = False,
     experts: Experts = "dense",
     source: Path | None = None,
+    put: Callable[[Engine, Path], None] | None = None,
     progress: Progress = silent,
 ) -> tuple[Engine, ...]:
     """Build an engine for each target from `out`/model.onnx, as `out`/model.TARGET.engine.
+
+    Each is in its place before the next one is begun, and stays there where that one fails.
 
     With `experts` "dense" they run as three dense matrix products over all experts; with "plugin" as the layer of
     `tensorrt_plugin`, which reads the selected ones only and must be registered by whoever loads the engine; with
@@ -94,11 +98,12 @@ def build(
         strict: refuse profiles where the graph fixes an axis at another size.
         experts: how the routed experts run, in the dtype of the ONNX file.
         source: another ONNX file than `out`/model.onnx.
+        put: what puts a finished engine, from the file given, in its place; by default it is only moved there.
         progress: called now and then.
 
     Raises:
-        LatentizeError: there is no ONNX file, a target is unknown or not this machine's, a profile contradicts the
-            graph, or TensorRT rejects the model (the node is named).
+        LatentizeError: there is no ONNX file of a converted model, a target is unknown or not this machine's, a profile
+            contradicts the graph, TensorRT rejects the model (the node is named), or `out` cannot be written.
         MissingExtraError: neither library, or not onnx or onnxscript, is installed.
         ResourceError: there is too little memory or disk.
     """
@@ -112,8 +117,8 @@ def build(
     if not path.is_file():
         raise LatentizeError(f"{out} holds no model.onnx: convert with --export onnx first")
     _check_memory(path)
-    with disk_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".engine.") as folder:
-        work = Path(folder)
+    errors = disk_errors(out, "what was finished is kept there", COPY)
+    with errors, working_folder(out) as work:
         tokens = max(p.in_flight[1] for p in profiles)
         dtype, problems = _parsable(path, work / "model.onnx", experts, tokens)
         request = {
@@ -121,14 +126,22 @@ def build(
             "profiles": [[list(p.batch), list(p.tokens)] for p in profiles], "strict": strict,
             "source": str(work / "model.onnx"),
         }  # fmt: skip
-        made = [_build(out, target, request, work, progress) for target in chosen]
-    return tuple(Engine(**{**fields, "experts": experts, "dtype": dtype}) for fields in made)
+        engines = []
+        for target in chosen:
+            fields, finished = _build(out, target, request, work, progress)
+            engine = Engine(**{**fields, "experts": experts, "dtype": dtype})
+            if put is None:
+                finished.replace(out / engine.file)
+            else:
+                put(engine, finished)
+            engines.append(engine)
+    return tuple(engines)
 
 
 def _targets(library: str, targets: Sequence[str] | None) -> tuple[str, ...]:
-    """The targets to build for, each of which this library on this machine can."""
+    """The targets to build for, each once, which this library on this machine can."""
     rtx = library == "tensorrt_rtx"
-    chosen = tuple(targets) if targets else (("portable",) if rtx else (NATIVE,))
+    chosen = tuple(dict.fromkeys(targets)) if targets else (("portable",) if rtx else (NATIVE,))
     for target in chosen:
         if target != NATIVE and target not in WHERE:
             raise LatentizeError(
@@ -183,6 +196,7 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str,
     import onnx.inliner
     import onnx_ir as ir
 
+    from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
     from latentize.exporters.onnx_experts import attach_bodies
 
     try:
@@ -190,7 +204,12 @@ def _parsable(source: Path, path: Path, experts: str, tokens: int) -> tuple[str,
     except Exception as error:
         raise LatentizeError(f"{source}: not a readable ONNX file ({one_line(error)}); export it again") from error
     model.functions.clear()
-    hidden = [node.inputs[0] for node in model.graph.all_nodes() if node.op_type == "LatentExperts"]
+    nodes = [node for node in model.graph.all_nodes() if (node.domain, node.op_type) == (DOMAIN, OP_TYPE)]
+    if not nodes:
+        raise LatentizeError(
+            f"{source}: holds no {DOMAIN}::{OP_TYPE} node, so it is not the graph of a converted model; export it again"
+        )
+    hidden = [node.inputs[0] for node in nodes]
     dtypes = [value.dtype for value in hidden if value is not None]
     problems: list[Any] = []
     if experts == "dense":
@@ -218,34 +237,36 @@ def _no_tensor(path: str, _tensor: Any) -> Any:
     raise AssertionError(f"{path}: a problem holds no tensors")
 
 
-def _build(out: Path, target: str, request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
+def _build(
+    out: Path, target: str, request: dict[str, Any], work: Path, progress: Progress
+) -> tuple[dict[str, Any], Path]:
+    """Fields of an engine, and its file in `work`."""
     path = out / f"model.{target}.engine"
-    unfinished = work / path.name
+    finished = work / path.name
     start = time.perf_counter()
     answer = _ask_worker(
-        {**request, "engine": str(unfinished), "target": target, "cache": str(cache_folder())}, work,
+        {**request, "engine": str(finished), "target": target, "cache": str(cache_folder())}, work,
         lambda done, total, note="": progress(done, total, f"{target}: {note}"),
     )  # fmt: skip
     if "error" in answer:
         raise LatentizeError(f"{path}: TensorRT cannot build it for {target}: {answer['error']}")
-    unfinished.replace(path)
     profiles = tuple(
         {name: tuple(tuple(shape) for shape in shapes) for name, shapes in one.items()} for one in answer["profiles"]
     )
     plan = None if answer["plan"] is None else tuple(answer["plan"])
     return {
         "file": path.name, "target": target, "library": answer["library"], "profiles": profiles,
-        "layers": answer["layers"], "plugins": answer["plugins"], "plan": plan, "bytes": path.stat().st_size,
+        "layers": answer["layers"], "plugins": answer["plugins"], "plan": plan, "bytes": finished.stat().st_size,
         "seconds": time.perf_counter() - start, "timed_before": answer["timed_before"],
         "notes": tuple(answer["notes"]),
-    }  # fmt: skip
+    }, finished  # fmt: skip
 
 
 def _ask_worker(request: dict[str, Any], work: Path, progress: Progress) -> dict[str, Any]:
     paths = [str(_library_folder(work)), os.environ.get("LD_LIBRARY_PATH", "")]
     environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(filter(None, paths))}
     worker = subprocess.Popen(  # noqa: S603 - our own module, no shell
-        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", json.dumps(request)],
+        [sys.executable, "-m", "latentize.exporters.tensorrt_worker", str(os.getpid()), json.dumps(request)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace",
     )  # fmt: skip
     assert worker.stdout is not None

@@ -1,11 +1,15 @@
-"""The process that drives TensorRT: `python -m latentize.exporters.tensorrt_worker REQUEST` (see `tensorrt`).
+"""The process that drives TensorRT: `python -m latentize.exporters.tensorrt_worker PARENT REQUEST` (see `tensorrt`).
 
-REQUEST is JSON; what comes back on standard output is JSON too: a line for each step, and the answer as the last one.
+It ends with the process PARENT, however that one ends. REQUEST is JSON; what comes back on standard output is JSON too:
+a line for each step, and the answer as the last one.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -15,6 +19,8 @@ from typing import Any
 from latentize.exporters import tensorrt_library
 from latentize.exporters.tensorrt_profiles import Profile, fixed_problem, shapes
 from latentize.exporters.tensorrt_timing import TimingCache
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
@@ -58,6 +64,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         "notes": cache.notes if cache is not None else [],
         "library": f"{tensorrt_library.LIBRARIES[request['library']]} {trt.__version__}",
     }  # fmt: skip
+
+
+def end_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, is no more."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it is no more already
+        sys.exit(1)
 
 
 def _register(trt: Any, request: dict[str, Any]) -> None:
@@ -145,5 +159,6 @@ def _plan(trt: Any, logger: Any, engine: Any) -> list[str] | None:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[1]))
     warnings.simplefilter("ignore", DeprecationWarning)
-    print(json.dumps(main(json.loads(sys.argv[1]))))
+    print(json.dumps(main(json.loads(sys.argv[2]))))

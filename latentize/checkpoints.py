@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 
 from latentize import store
 from latentize.artefact import versions
+from latentize.disk_errors import disk_errors
 from latentize.errors import LatentizeError, first_line
 from latentize.inputs import Batch
 from latentize.recipe import Recipe
 from latentize.spec import MoESpec
-from latentize.staging import disk_errors
 from latentize.whole_files import write_text
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Checkpoints:
                 ) from error
             return kept
         value = make()
-        with disk_errors(self.folder, "what was finished is kept there: free some space and run again"):
+        with disk_errors(self.folder, "what was finished is kept there"):
             store.save(value, path)
         return value
 

@@ -308,11 +308,9 @@ def bench(out: Path, original: str | None, fused: bool, verbose: int, quiet: boo
 @click.option(
     "--experts",
     type=click.Choice(["dense", "plugin", "embedded"]),
-    default="dense",
-    show_default=True,
     help="Routed experts as dense products over all of them; as latentize's fused plugin, which runs the selected ones "
     "(what loads such an engine calls latentize.exporters.tensorrt_plugin.register first); or, with the full tensorrt, "
-    "as kernels embedded in the engine, which then needs no Python.",
+    "as kernels embedded in the engine, which then needs no Python. [default: dense]",
 )
 @click.option(
     "--target",

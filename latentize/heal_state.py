@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentize.disk_errors import write_error
 from latentize.errors import LatentizeError, ResourceError, first_line
 from latentize.heal_outside import OUTSIDE, step_sizes
 from latentize.inputs import buffers_kept
@@ -132,6 +133,7 @@ class Checkpoint:
 
         Raises:
             ResourceError: the disk is full.
+            LatentizeError: the folder cannot be written.
         """
         if self._path is None or not self._writes:
             return
@@ -141,6 +143,9 @@ class Checkpoint:
                 torch.save({"fingerprint": self._fingerprint, **state}, file)
         except (OSError, RuntimeError) as error:
             why = error.__context__ if isinstance(error.__context__, OSError) else error  # torch says less than it
+            if isinstance(why, OSError):
+                said = f"healing: its state {self._path}"
+                raise write_error(said, why, "an earlier one is kept there", "choose another folder") from error
             raise ResourceError(
                 f"healing: its state could not be written to {self._path} ({first_line(why)}); free some disk and run "
                 "again"

@@ -22,7 +22,8 @@ from latentize.bench import Latency
 from latentize.blocks import Block, Probe
 from latentize.compare import Evaluation, Gate, OutputAgreement
 from latentize.comparison import Comparison
-from latentize.errors import LatentizeError, MissingExtraError, ResourceError
+from latentize.disk_errors import write_error
+from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.onnx_choice import FormChoice
 from latentize.exporters.onnxruntime_ops import Library
 from latentize.exporters.tensorrt import Engine
@@ -310,7 +311,8 @@ def write_data(report: Report, out: Path) -> Path:
     """Write report.json into the folder `out`, whole or not at all; returns its path.
 
     Raises:
-        ResourceError: the disk is full or `out` cannot be written.
+        ResourceError: the disk is full.
+        LatentizeError: `out` cannot be written.
     """
     _write_together(out, {JSON_NAME: to_json(report)})
     return out / JSON_NAME
@@ -321,7 +323,8 @@ def write(report: Report, out: Path) -> tuple[Path, Path]:
 
     Raises:
         MissingExtraError: a package that the page needs is not installed; report.json is written nevertheless.
-        ResourceError: the disk is full or `out` cannot be written.
+        ResourceError: the disk is full.
+        LatentizeError: `out` cannot be written.
     """
     from latentize.report_html import render
 
@@ -358,10 +361,8 @@ def _write_together(folder: Path, texts: Mapping[str, str]) -> None:
             for path, text in zip(paths, texts.values(), strict=True):
                 path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ResourceError(
-            f"{folder / ' and '.join(texts)}: cannot be written ({error.strerror}); free some space or choose another "
-            "folder, and run again"
-        ) from None
+        left, elsewhere = "what was there before still is", "choose another folder"
+        raise write_error(folder / " and ".join(texts), error, left, elsewhere) from None
 
 
 def _words(value: Any) -> Any:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from latentize import artefact, report, terminal
+from latentize import artefact, report, staging, terminal
+from latentize.disk_errors import COPY
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.tensorrt_profiles import Profile, choose
 from latentize.progress import Steps
-from latentize.run_onnx import REWRITTEN
+from latentize.run_onnx import REWRITTEN, check_own
 
 if TYPE_CHECKING:
     from latentize.exporters.onnxruntime_ops import Library
@@ -27,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def build(
-    out: Path, targets: Sequence[str], experts: Experts, *, profiles: Sequence[Profile] = (), dtype: str | None = None,
-    quiet: bool = False,
+    out: Path, targets: Sequence[str], experts: Experts | None = None, *, profiles: Sequence[Profile] = (),
+    dtype: str | None = None, quiet: bool = False,
 ) -> None:  # fmt: skip
     """Build for the converted model in OUT what each target needs; the report gets what was built.
 
@@ -36,26 +37,40 @@ def build(
         out: the folder.
         targets: of `LIBRARIES` for a library of latentize's operator that onnxruntime registers, or what engines are
             built for; none for the default of the TensorRT library that is installed.
-        experts: how the routed experts run.
+        experts: how the routed experts run in engines; None for dense.
         profiles: what the engines take; none for the recipe's.
         dtype: of `DTYPES`; the model is exported again in it. None for that of the graph in OUT.
         quiet: say nothing.
 
     Raises:
-        LatentizeError: OUT is not ours, holds no ONNX graph, a target or profile does not fit, TensorRT rejects it, or
-            there is no compiler for the library.
+        LatentizeError: OUT is not ours, cannot be written or holds no ONNX graph of its own, a target or profile does
+            not fit, options of engines are given where none is built, TensorRT rejects the graph, or there is no
+            compiler for the library.
         MissingExtraError: the packages that build engines are not installed.
         ResourceError: there is too little memory or disk.
     """
+    targets = tuple(dict.fromkeys(targets))
     libraries, gpus = [t for t in targets if t in LIBRARIES], [t for t in targets if t not in LIBRARIES]
+    if libraries and not gpus:
+        _refuse_options(libraries[0], {"--experts": experts, "--dtype": dtype, "--profile": profiles})
     artefact.read_manifest(out)
+    staging.check_writable(out, elsewhere=COPY)
     console, _ = terminal.consoles(quiet=quiet)
     if libraries:
         made = _library(out, libraries)
-        for line in (describe_library(made, out), *_kept(out, libraries=(made,))):
+        for line in (describe_library(made, out), *_kept(out, (made.file,), libraries=(made,))):
             console.print(terminal.plain(line))
     if gpus or not libraries:
-        _engines(out, gpus, experts, profiles, dtype, quiet=quiet)
+        _engines(out, gpus, experts or "dense", profiles, dtype, quiet=quiet)
+
+
+def _refuse_options(target: str, options: Mapping[str, Any]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise LatentizeError(
+            f"{' and '.join(given)}: for engines alone, and --target {target} makes a library, which runs {REWRITTEN} "
+            "as it is; leave this out, or name a GPU as a target too"
+        )
 
 
 def _library(out: Path, targets: Sequence[str]) -> Library:
@@ -83,6 +98,8 @@ def _engines(
         raise LatentizeError(
             f"{out}: engines are built from {REWRITTEN}, which is not there; convert with --export onnx"
         )
+    if dtype is None:
+        check_own(out, manifest.recipe)
     console, progress = terminal.consoles(quiet=quiet)
     steps = Steps(progress)
     with tempfile.TemporaryDirectory() as folder:
@@ -90,13 +107,26 @@ def _engines(
         if dtype is not None:
             with steps.step("export"):
                 source = _exported(out, dtype, Path(folder))
-        with steps.step("build") as show:
-            engines = tensorrt.build(
-                out, targets=targets, profiles=chosen, strict=bool(profiles or planned), experts=experts, source=source,
-                progress=show,
-            )  # fmt: skip
-    for line in (*map(describe, engines), *_kept(out, engines=engines)):
-        console.print(terminal.plain(line))
+        lines: list[str] = []
+        try:
+            with steps.step("build") as show:
+                tensorrt.build(
+                    out, targets=targets, profiles=chosen, strict=bool(profiles or planned), experts=experts,
+                    source=source, put=lambda engine, finished: lines.extend(_put(out, engine, finished)),
+                    progress=show,
+                )  # fmt: skip
+        finally:
+            for line in dict.fromkeys(lines):
+                console.print(terminal.plain(line))
+
+
+def _put(out: Path, engine: Engine, finished: Path) -> tuple[str, ...]:
+    """Put an engine in its place and into the report, which never describes another one; what there is to say."""
+    made = report.read(out) if (out / report.JSON_NAME).exists() else None
+    if made is not None and any(known.file == engine.file for known in made.engines):
+        _kept(out, (engine.file,))
+    finished.replace(out / engine.file)
+    return describe(engine), *_kept(out, (engine.file,), engines=(engine,))
 
 
 def describe(engine: Engine) -> str:
@@ -153,12 +183,13 @@ def _exported(out: Path, dtype: str, folder: Path) -> Path:
     return export_onnx(source.model.to(wanted), args, kwargs, folder / REWRITTEN, form="dense").path
 
 
-def _kept(out: Path, *, engines: Sequence[Engine] = (), libraries: Sequence[Library] = ()) -> list[str]:
-    """Put what was built into the report of OUT, in place of that of the same name; what stood in the way."""
+def _kept(
+    out: Path, names: Sequence[str], *, engines: Sequence[Engine] = (), libraries: Sequence[Library] = ()
+) -> list[str]:
+    """Put what was built into the report of OUT, in place of what has one of these names; what stood in the way."""
     if not (out / report.JSON_NAME).exists():
         return []
     made = report.read(out)
-    names = {*(engine.file for engine in engines), *(library.file for library in libraries)}
     kept_engines = (*(engine for engine in made.engines if engine.file not in names), *engines)
     kept_libraries = (*(library for library in made.libraries if library.file not in names), *libraries)
     try:

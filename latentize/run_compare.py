@@ -12,13 +12,14 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from latentize import artefact, compare_backends, compare_blocks, compare_outputs, report, terminal
+from latentize import artefact, compare_backends, compare_blocks, compare_outputs, report, staging, terminal
 from latentize.bench import TOKENS, Latency, MakeInputs, bench_models, bench_onnx
 from latentize.calibration import batches_of, example_batch
 from latentize.compare import Evaluation, Gate, evaluate_pair, loss_gate, require
 from latentize.compare_backends import Backend
 from latentize.compare_inputs import Sequences, sequences
 from latentize.comparison import BackendAgreement, BlockSearch, Comparison, Which
+from latentize.disk_errors import COPY
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters.captured import captured_graph
 from latentize.exporters.onnx_widened import widen_inputs, widen_model
@@ -108,13 +109,14 @@ def require_tensorrt(feature: str) -> None:
 
 
 def check_report(out: Path) -> None:
-    """Check that a report in OUT, which will get what is found, can be read: before the work.
+    """Check that a report in OUT, which will get what is found, can be read and written: before the work.
 
     Raises:
-        LatentizeError: it is damaged.
+        LatentizeError: it is damaged, or OUT cannot be written.
     """
     if (out / report.JSON_NAME).exists():
         report.read(out)
+        staging.check_writable(out, elsewhere=COPY)
 
 
 def open_pair(out: Path, original: str | None) -> tuple[Source, nn.Module, dict[str, LatentMoE]]:

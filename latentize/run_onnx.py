@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from latentize import report
 from latentize.blocks import Block
-from latentize.errors import GateError, LatentizeError
+from latentize.errors import GateError, LatentizeError, one_line
 from latentize.exporters.tensorrt_profiles import Profile
 from latentize.inputs import Inputs, runnable_at
 from latentize.passes.double import dtype_of
@@ -124,6 +125,50 @@ def export_rewritten(
     }  # fmt: skip
     profiles = profiles_of(recipe)
     return export_onnx(model, source.args, source.kwargs, path, form=form, profiles=profiles, metadata=metadata)
+
+
+def check_own(out: Path, recipe: Mapping[str, Any]) -> None:
+    """Check that the graph in OUT is that of its conversion, as far as its metadata say.
+
+    A graph exported from Python says nothing of that and passes. Profiles may be others than those it was made for.
+
+    Args:
+        out: a folder that holds a graph.
+        recipe: of the conversion.
+
+    Raises:
+        LatentizeError: it is the original's or another conversion's, or cannot be read.
+    """
+    import onnx
+
+    path = out / REWRITTEN
+    try:
+        said = {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+    except Exception as error:  # protobuf's own
+        raise LatentizeError(f"{path}: not a readable ONNX file ({one_line(error)}); export it again") from error
+    other = _other(out, said, recipe)
+    if other:
+        raise LatentizeError(
+            f"{path}: is not the graph of the model in {out}: {other}; put its own back, or have it exported again "
+            "with --dtype"
+        )
+
+
+def _other(out: Path, said: Mapping[str, str], recipe: Mapping[str, Any]) -> str:
+    """What a graph's metadata say against its being that of OUT; "" for nothing."""
+    if said.get("latentize.model", "rewritten") != "rewritten":
+        return f"it is the {said['latentize.model']} one"
+    its = json.loads(said.get("latentize.recipe", "{}"))
+    for name in (name for name in its if name in recipe and name != "profiles"):
+        if its[name] != recipe[name]:
+            return f"{name} of its recipe is {its[name]!r}, not {recipe[name]!r}"
+    if "latentize.evidence" not in said or not (out / report.JSON_NAME).exists():
+        return ""
+    proved = {name: block["max_error"] for name, block in json.loads(said["latentize.evidence"]).items()}
+    here = {block.name: block.max_error for block in report.read(out).blocks}
+    if proved.keys() != here.keys():
+        return f"its blocks are {', '.join(proved) or 'none'}, not {', '.join(here) or 'none'}"
+    return next((f"its block {name} was proved by another run" for name in here if proved[name] != here[name]), "")
 
 
 def profiles_of(recipe: Recipe) -> tuple[Profile, ...]:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from latentize.disk_errors import ELSEWHERE, disk_errors, write_error
 from latentize.errors import LatentizeError, ResourceError
 
 MANIFEST = "latentize.json"
-#: What a folder of ours may hold besides the files its manifest lists: engines and the library of `latentize build`.
-_LATER = ("*.engine", "latentize_onnxruntime.so")
+#: How folders that `working_folder` makes in an OUT are called.
+WORK = ".engine."
+#: What a folder of ours may hold besides the files its manifest lists: engines and the library of `latentize build`,
+#: and what a killed `build` or `compare` left.
+_LATER = ("*.engine", "latentize_onnxruntime.so", f"{WORK}*", ".latentize_onnxruntime.so.*.partial",
+          ".report.*.partial", ".model.onnx.*.onnx")  # fmt: skip
 
 
 @contextmanager
@@ -58,15 +64,10 @@ def check_target(out: Path) -> None:
     """
     if not out.name or out.name == "..":
         raise LatentizeError(f"{out}: is the folder that the command runs in or above; name a new one with -o")
-    if os.path.ismount(out):
+    if _is_mount(out):
         raise LatentizeError(f"{out}: is a mount point, which cannot be replaced as a whole; name a folder inside it")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise LatentizeError(
-            f"{out}: the folder {parent} cannot be written ({error.strerror}); choose another place with -o"
-        ) from None
+    check_writable(parent, f"{out}: the folder {parent}")
     if not out.exists():
         return
     if not out.is_dir():
@@ -80,11 +81,31 @@ def check_target(out: Path) -> None:
         )
     listed = set(json.loads((out / MANIFEST).read_text()).get("files", []))
     unlisted = files - listed - {MANIFEST}
+    for work in sorted(name for name in unlisted if name.startswith(WORK)):
+        if _at_work(out / work):
+            raise LatentizeError(f"{out}: a latentize build is at work in it; wait for its end, or stop it")
     foreign = sorted(name for name in unlisted if not any(fnmatchcase(name, later) for later in _LATER))
     if foreign:
         raise LatentizeError(
             f"{out}: holds {foreign[0]!r}, which latentize did not write and would delete; move it away"
         )
+
+
+def check_writable(folder: Path, said: str = "", elsewhere: str = ELSEWHERE) -> None:
+    """Refuse a folder that no file can be made in, a full disk's too.
+
+    Args:
+        folder: it exists.
+        said: what it is called; its path where nothing is given.
+        elsewhere: what to do where it cannot be written.
+
+    Raises:
+        LatentizeError: saying why.
+    """
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise write_error(said or folder, error, elsewhere=elsewhere) from None
 
 
 def is_ours(folder: Path) -> bool:
@@ -143,40 +164,26 @@ def replaced(folder: Path, last: str, old: Sequence[str] = ()) -> Iterator[Path]
             file.replace(folder / file.name)
 
 
+@contextmanager
+def working_folder(out: Path) -> Iterator[Path]:
+    """A new folder in `out`, to build in, that is deleted when the block ends; those that killed runs left go first.
+
+    Raises:
+        OSError: what the disk has against it.
+    """
+    for left in out.glob(f"{WORK}*"):
+        _clear(left)
+    folder = Path(tempfile.mkdtemp(dir=out, prefix=WORK))
+    try:
+        with _in_use(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
-
-
-@contextmanager
-def disk_errors(
-    out: Path, advice: str = "nothing was left there: free some space and run again"
-) -> Iterator[None]:
-    """Turn a full disk and a place that cannot be written into errors of ours; `advice` says what a full one left.
-
-    Raises:
-        ResourceError: the disk is full.
-        LatentizeError: `out` cannot be written.
-    """
-    try:
-        yield
-    except LatentizeError:
-        raise
-    except Exception as error:
-        if disk_full(error):
-            raise ResourceError(f"{out}: the disk is full; {advice}") from error
-        if isinstance(error, PermissionError):
-            raise LatentizeError(
-                f"{out}: cannot be written ({error.strerror}); choose another place with -o"
-            ) from error
-        raise
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error says that the disk or the quota is full, whoever raised it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
 
 
 @contextmanager
@@ -192,6 +199,35 @@ def _in_use(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _is_mount(path: Path) -> bool:
+    """Whether something is mounted there, of the same file system too, which `os.path.ismount` does not see."""
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    places = (re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8)]), mount.split()[4]) for mount in mounts)
+    return os.fsencode(path.absolute().parent.resolve() / path.name) in places
+
+
+def _at_work(folder: Path) -> bool:
+    """Whether a process that is alive holds a folder."""
+    try:
+        with _in_use(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def _clear(folder: Path) -> None:
+    """Delete a folder that no process holds."""
+    with suppress(OSError), _in_use(folder):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear_leftovers(out: Path) -> None:
@@ -224,11 +260,24 @@ def _publish(folder: Path, out: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old-"))
     with _in_use(old):
-        out.rename(old / out.name)
         try:
+            _set_aside(out, old)
             folder.rename(out)
         except BaseException:
-            (old / out.name).rename(out)
+            if (old / out.name).exists():
+                (old / out.name).rename(out)
             raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_aside(out: Path, old: Path) -> None:
+    try:
+        out.rename(old / out.name)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        raise LatentizeError(
+            f"{out}: cannot be replaced ({error.strerror}) and stays as it was; move it away and run again, a command "
+            "with --resume"
+        ) from error

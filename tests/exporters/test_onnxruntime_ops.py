@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -326,6 +327,43 @@ def test_no_compiler_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ]
     with pytest.raises(LatentizeError, match=r"no C\+\+ compiler was found\); install g\+\+ or clang\+\+, or name one"):
         onnxruntime_ops.build(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (errno.ENOSPC, 5, "the disk is full; an earlier one stays there"),
+        (errno.EFBIG, 5, "a file grows larger than"),
+        (errno.EROFS, 2, r"cannot be written \(Read-only file system\); make it writable, or use a copy"),
+    ],
+)
+def test_a_place_that_takes_no_library_is_one_line_and_keeps_the_earlier_one(
+    number: int, code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    made, earlier = tmp_path / "made.so", tmp_path / onnxruntime_ops.FILE
+    for file in (made, earlier):
+        file.write_bytes(file.name.encode())
+    for name in ("tempfile.mkstemp",) if number == errno.EROFS else ("os.fsync", "shutil.copyfile"):
+        with monkeypatch.context() as patched:
+            patched.setattr(name, refuse)
+            with pytest.raises(LatentizeError, match=f"{onnxruntime_ops.FILE}: {words}") as caught:
+                onnxruntime_ops._placed(made, tmp_path, "any")
+        assert caught.value.exit_code == code
+        assert earlier.read_bytes() == earlier.name.encode()
+        assert sorted(tmp_path.iterdir()) == sorted([made, earlier])
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setenv("LATENTIZE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(onnxruntime_ops, "compiled", refuse)
+    with pytest.raises(LatentizeError, match=r"cache: cannot be written .*; name another folder in LATENTIZE_CACHE"):
+        onnxruntime_ops.build(tmp_path, native=True)
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import latentize
 from latentize.errors import LatentizeError, MissingExtraError
 from latentize.exporters import tensorrt
 from latentize.exporters.tensorrt import build
@@ -64,14 +69,18 @@ def test_engine_is_built_on_a_machine_without_a_gpu(target: str, bypass: int, tm
 
 
 class Unknown(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = make_block()
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unique()
+        return self.moe(x).unique()
 
 
 @pytest.mark.slow
 def test_operator_that_tensorrt_rejects_is_named(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    write_onnx(Unknown(), tmp_path, torch.zeros(2, 5))
+    write_onnx(Unknown(), tmp_path, torch.zeros(2, 5, D))
     with pytest.raises(LatentizeError, match=r"cannot build it for portable: node .*[Uu]nique"):
         build(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"model.onnx"}
@@ -90,6 +99,23 @@ def test_broken_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"nothing of the kind")
     with pytest.raises(LatentizeError, match="not a readable ONNX file"):
         build(tmp_path)
+
+
+@pytest.mark.parametrize("experts", ["dense", "plugin"])
+@pytest.mark.parametrize("content", ["empty", "foreign"])
+def test_a_graph_without_experts_is_one_line(tmp_path: Path, experts: Any, content: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    onnx = pytest.importorskip("onnx")
+    (tmp_path / "model.onnx").touch()
+    if content == "foreign":
+        info = onnx.helper.make_tensor_value_info
+        values = [info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy"]
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", values[:1], values[1:])
+        onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(LatentizeError, match=r"model\.onnx: holds no latentize::LatentExperts node") as caught:
+        build(tmp_path, experts=experts)
+    assert caught.value.exit_code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,6 +182,44 @@ def test_a_worker_that_dies_is_one_line(
     with pytest.raises(LatentizeError, match=words) as error:
         tensorrt._ask_worker({}, tmp_path, tensorrt.silent)
     assert error.value.exit_code == (2 if status == 134 else 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_worker_ends_with_the_process_that_asked_it(tmp_path: Path, number: signal.Signals) -> None:
+    library = "import os, pathlib, time; pathlib.Path('worker').write_text(str(os.getpid())); time.sleep(600)"
+    (tmp_path / "sleeping.py").write_text(library)
+    asks = (
+        "import pathlib; from latentize.exporters import tensorrt\n"
+        "tensorrt._ask_worker({'library': 'sleeping'}, pathlib.Path.cwd(), tensorrt.silent)"
+    )
+    root = Path(latentize.__file__).parents[1]
+    path = os.pathsep.join([str(tmp_path), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    parent = subprocess.Popen([sys.executable, "-c", asks], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    try:
+        file = tmp_path / "worker"
+        wait_until(lambda: (file.exists() and file.read_text() != "") or parent.poll() is not None)
+        worker = int(file.read_text())
+        parent.send_signal(number)
+        assert parent.wait() == -number
+        wait_until(lambda: gone(worker))
+    finally:
+        parent.kill()
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    ends = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.02)
+
+
+def gone(process: int) -> bool:
+    """Whether a process has ended, whoever reaps it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def test_what_the_library_said_last_is_why_nothing_was_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

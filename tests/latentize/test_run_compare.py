@@ -1,8 +1,11 @@
 """`latentize compare` and `build` on a folder that a conversion wrote: numbers in the report, gates, first blocks."""
 
+import errno
 import json
 import shutil
 import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,10 +15,11 @@ from command_line import call
 from onnx_backends import graphs
 
 import latentize
-from latentize import report
-from latentize.errors import LatentizeError
+from latentize import artefact, report
+from latentize.errors import LatentizeError, ResourceError
 from latentize.exporters import onnxruntime_ops
 from latentize.run_build import describe
+from latentize.run_onnx import check_own
 from latentize.ties import TieWatch
 
 onnx = pytest.importorskip("onnx")
@@ -230,6 +234,60 @@ def test_a_damaged_report_is_said_before_the_work(out, capsys, monkeypatch, comm
     assert "report.json: not JSON" in err
 
 
+@pytest.mark.parametrize(
+    "arguments", [("compare",), ("build",), ("build", "--dtype", "fp16"), ("build", "--target", "onnxruntime")]
+)
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(out, capsys, monkeypatch, arguments):
+    def read_only(**_where):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    if arguments[0] == "build":
+        pytest.importorskip("tensorrt_rtx")
+    for begun in ("compare_backends.available", "run_build._exported", "exporters.tensorrt.build",
+                  "exporters.onnxruntime_ops.build"):  # fmt: skip
+        monkeypatch.setattr(f"latentize.{begun}", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr("latentize.staging.tempfile.TemporaryFile", read_only)
+    command, *options = arguments
+    code, _, err = call(capsys, command, out, *options)
+    assert code == 2
+    assert err == f"latentize: {out}: cannot be written (Read-only file system); make it writable, or use a copy\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "words"),
+    [
+        ("model", "original", "it is the original one"),
+        ("recipe", {"seed": 1}, "seed of its recipe is 1, not 0"),
+        ("evidence", {"a.moe": {"max_error": 0.0}}, "its blocks are a.moe, not a.moe, b.moe"),
+        ("evidence", None, "its block a.moe was proved by another run"),
+    ],
+)
+def test_another_conversions_graph_is_not_built_from(out, capsys, monkeypatch, key, other, words):
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr("latentize.exporters.tensorrt.build", lambda *_, **__: pytest.fail("the work began"))
+    graph = onnx.load(out / "model.onnx")
+    entry = next(entry for entry in graph.metadata_props if entry.key == f"latentize.{key}")
+    if other is None:
+        other = json.loads(entry.value)
+        other["a.moe"]["max_error"] *= 2
+    entry.value = other if isinstance(other, str) else json.dumps(other)
+    onnx.save(graph, out / "model.onnx")
+    code, _, err = call(capsys, "build", out)
+    assert code == 2
+    assert f"model.onnx: is not the graph of the model in {out}: {words}; put its own back" in err
+    assert err.count("\n") == 1
+
+
+def test_graphs_that_may_be_its_own_are_built_from(out):
+    with_profiles(out, [{"batch": [1, 1, 1], "tokens": [1, 4, 32]}])  # other ones than the graph was made for
+    recipe = artefact.read_manifest(out).recipe
+    check_own(out, recipe)
+    graph = onnx.load(out / "model.onnx")
+    del graph.metadata_props[:]  # as one that was exported from Python
+    onnx.save(graph, out / "model.onnx")
+    check_own(out, {**recipe, "seed": 7})
+
+
 def with_profiles(out, profiles):
     manifest = (out / "latentize.json").read_text()
     (out / "latentize.json").write_text(manifest.replace('"profiles": []', f'"profiles": {json.dumps(profiles)}'))
@@ -275,6 +333,85 @@ def test_engines_are_built_from_the_recipe_in_another_dtype_and_reported(out, ca
     assert list(engine.profiles[0].values()) == [((1, 16), (4, 16), (32, 16))]
     assert " ".join(describe(engine).split()) in " ".join(shown.split())
     assert "model.portable.engine" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--dtype", "fp16"), "--dtype: for engines alone, and --target onnxruntime makes a library"),
+        (("--experts", "dense"), "--experts: for engines alone"),
+        (("--experts", "plugin", "--dtype", "fp32", "--profile", "1x5"), "--experts and --dtype and --profile: for"),
+    ],
+)
+def test_options_of_engines_are_refused_where_none_is_built(out, capsys, monkeypatch, options, words):
+    monkeypatch.setattr(onnxruntime_ops, "build", lambda *_, **__: pytest.fail("the work began"))
+    code, _, err = call(capsys, "build", out, "--target", "onnxruntime", *options)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """Stands in for TensorRT's process: for each target, what it writes into the engine, or the error that it has."""
+    pytest.importorskip("tensorrt_rtx")
+    content, built = {}, []
+
+    def answer(request, _work, _progress):
+        built.append(request["target"])
+        found = content.get(request["target"], b"an engine")
+        if isinstance(found, BaseException):
+            raise found
+        Path(request["engine"]).write_bytes(found)
+        return {"profiles": [], "layers": {}, "plugins": 0, "plan": None, "timed_before": False, "notes": [],
+                "library": "tensorrt-rtx 0"}  # fmt: skip
+
+    monkeypatch.setattr("latentize.exporters.tensorrt._ask_worker", answer)
+    return types.SimpleNamespace(content=content, built=built)
+
+
+def test_a_target_given_twice_is_built_once(out, capsys, worker):
+    code, _, err = call(capsys, "build", out, "--target", "SM80", "--target", "SM86", "--target", "SM80")
+    assert code == 0, err
+    assert worker.built == ["SM80", "SM86"]
+    assert [engine.file for engine in report.read(out).engines] == ["model.SM80.engine", "model.SM86.engine"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ResourceError("SM120 ran out of disk"), 5), (KeyboardInterrupt(), 130)]
+)  # fmt: skip
+def test_engines_before_one_that_fails_are_in_the_report(out, capsys, worker, error, code):
+    assert call(capsys, "build", out, "--target", "SM80", "--target", "SM86")[0] == 0
+    earlier = report.read(out)
+    report.write(replace(earlier, engines=(*earlier.engines, earlier.engines[0])), out)  # one file, two entries
+    worker.content.update({"SM80": b"another engine", "SM120": error})
+    found, shown, _ = call(capsys, "build", out, *(f"--target={target}" for target in ("SM80", "SM120", "SM89")))
+    assert found == code
+    assert "model.SM80.engine: 14 bytes" in shown
+    assert {engine.file: engine.bytes for engine in report.read(out).engines} == {
+        "model.SM86.engine": 9, "model.SM80.engine": 14,
+    }  # fmt: skip
+    assert len(report.read(out).engines) == 2
+    assert {file.name for file in out.glob("*.engine")} == {"model.SM86.engine", "model.SM80.engine"}
+
+
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_report_without_room_never_describes_another_engine(out, capsys, worker, monkeypatch, room):
+    """Room for none of the reports that are written, or for that of the engines that stay."""
+    assert call(capsys, "build", out, "--target", "SM80")[0] == 0
+    worker.content["SM80"] = b"another engine"
+    write, written = report.write, []
+
+    def full(made, folder):
+        written.append(made)
+        if len(written) > room:
+            raise ResourceError("report.json: the disk is full")
+        return write(made, folder)
+
+    monkeypatch.setattr(report, "write", full)
+    assert call(capsys, "build", out, "--target", "SM80")[0] == 5
+    size = (out / "model.SM80.engine").stat().st_size
+    assert [engine.bytes for engine in report.read(out).engines] == [size][room:]
 
 
 @pytest.mark.slow

@@ -2,12 +2,13 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from latentize.errors import LatentizeError, ResourceError
-from latentize.staging import MANIFEST, check_space, check_target, replaced, staged
+from latentize.staging import MANIFEST, check_space, check_target, replaced, staged, working_folder
 
 
 def fill(folder, text="new"):
@@ -52,6 +53,39 @@ def test_what_was_built_in_an_earlier_result_does_not_stand_in_the_way(tmp_path)
         fill(folder)
     assert not [*out.glob("*.engine"), *out.glob("*.so")]
     assert (out / "weights").read_text() == "new"
+
+
+def test_a_folder_to_build_in_is_gone_afterwards_and_so_are_those_of_killed_builds(tmp_path):
+    dead = tmp_path / ".engine.dead"
+    dead.mkdir()
+    (dead / "model.onnx").write_text("half")
+    with working_folder(tmp_path) as first, working_folder(tmp_path) as second:
+        (first / "model.onnx").write_text("whole")
+        assert {path.name for path in tmp_path.iterdir()} == {first.name, second.name}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", [".report.json.x1.partial", ".latentize_onnxruntime.so.x1.partial",
+                                  ".model.onnx.x1.onnx", ".engine.x1/model.onnx"])  # fmt: skip
+def test_what_a_killed_command_left_in_an_earlier_result_does_not_stand_in_the_way(tmp_path, left):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder, "old")
+    (out / left).parent.mkdir(exist_ok=True)
+    (out / left).write_text("half")
+    with staged(out) as folder:
+        fill(folder)
+    assert {file.name for file in out.iterdir()} == {"weights", MANIFEST}
+
+
+def test_a_build_at_work_in_an_earlier_result_is_named(tmp_path):
+    out = tmp_path / "out"
+    with staged(out) as folder:
+        fill(folder)
+    with working_folder(out) as work, pytest.raises(LatentizeError, match="a latentize build is at work in it; wait"):
+        check_target(out)
+    assert not work.exists()
+    check_target(out)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyboardInterrupt()])
@@ -117,6 +151,40 @@ def test_too_little_space_is_said_before_the_work(tmp_path):
 def test_places_that_cannot_become_a_folder_of_ours_are_named(out):
     with pytest.raises(LatentizeError, match="with -o"):
         check_target(Path(out))
+
+
+@pytest.mark.parametrize("name", ["out", "out of é"])
+def test_a_mount_point_of_the_same_file_system_is_refused_before_the_work(tmp_path, monkeypatch, name):
+    out, read = tmp_path / name, Path.read_bytes
+    out.mkdir()
+    check_target(out)
+    place = str(out).replace(" ", r"\040")
+    mounts = f"22 1 8:1 / / rw - ext4 a rw\n23 22 8:1 /a {place} rw - ext4 a rw\n".encode()
+    monkeypatch.setattr(Path, "read_bytes", lambda p: mounts if p == Path("/proc/self/mountinfo") else read(p))
+    with pytest.raises(LatentizeError, match="is a mount point, which cannot be replaced"):
+        check_target(out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LatentizeError, match="is a mount point"):
+        check_target(Path(name))
+    check_target(tmp_path / "another")
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_folder_that_cannot_be_moved_stays_and_is_one_line(tmp_path, monkeypatch, number):
+    out, rename = tmp_path / "out", Path.rename
+    with staged(out) as folder:
+        fill(folder, "old")
+
+    def refused(path, target):
+        if path == out:
+            raise OSError(number, os.strerror(number))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(LatentizeError, match=r"cannot be replaced \(.* --resume"), staged(out) as folder:
+        fill(folder)
+    assert (out / "weights").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_a_killed_run_left_is_cleared_by_the_next_one(tmp_path):
