@@ -115,7 +115,7 @@ def _chosen(form: str, config: NodeConfig, every: Sequence[NodeConfig], tokens: 
     if form == "measured":
         from latentize.exporters.onnx_timing import fastest
 
-        return fastest(config, candidates(config, every), tokens)
+        return fastest(config, candidates(config, every), tokens, every.count(config))
     return form
 
 

@@ -1,7 +1,8 @@
-"""Which body form of `latentize::LatentExperts` is fastest on this machine: each is run, alone in a graph, and timed.
+"""Which body form of `latentize::LatentExperts` is fastest on this machine: each is run and timed.
 
-What forms cost elsewhere (`onnx_costs`) says which are worth it, and what lies between the numbers of tokens that were
-timed. onnxruntime gets as many threads as PyTorch has here (`OMP_NUM_THREADS`, `torch.set_num_threads`).
+That is done in graphs of such nodes alone, several where the model has several, whose weights the caches do not keep
+from one call to the next. What forms cost elsewhere (`onnx_costs`) says which are worth it, and what lies between the
+numbers of tokens that were timed. onnxruntime gets as many threads as PyTorch has (`torch.set_num_threads`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SECONDS = 0.1
 _POINTS = 6
 #: Forms that should take so many times the cheapest one's time are not waited for.
 _FAR = 3.0
+#: Nodes of a kind in a graph, and bytes of weights with which there need be no more of them.
+_COPIES, _ENOUGH = 8, 16 << 20
 #: Bytes of weights beyond which a node is not built a second time to be timed.
 _TIMED_BYTES = 1 << 30
 _MOST_ROUNDS = 1000
@@ -66,7 +69,7 @@ class Timed:
 
 
 @lru_cache(maxsize=64)
-def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS) -> str:
+def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS, count: int = 1) -> str:
     """The text of the form that stays closest to the fastest over `tokens` on this machine, with its limits.
 
     Forms are timed one by one; then the best single one, pair and triple of them, as the bodies that they are.
@@ -75,6 +78,7 @@ def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] 
         config: the node; weights and inputs are drawn, its routing is uniform.
         forms: names to choose from.
         tokens: numbers of tokens in flight.
+        count: how many nodes of this kind the model has.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -83,11 +87,12 @@ def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] 
         _log.warning("experts of %.1f GiB are not built to be timed: prices decide", config.weight_bytes / 2**30)
         return "+".join(cheapest(Priced(config), forms, tokens))
     points = _points(tokens)
-    timed = Timed.of(config, measure(config, {t: _promising(config, forms, t) for t in points}))
+    copies = min(count, _COPIES, max(1, _ENOUGH // config.weight_bytes))
+    timed = Timed.of(config, measure(config, {t: _promising(config, forms, t) for t in points}, copies))
     finalists = _finalists(timed, tokens)
     if len(finalists) == 1:
         return finalists[0]
-    ms = measure(config, dict.fromkeys(points, finalists))
+    ms = measure(config, dict.fromkeys(points, finalists), copies)
     behind = {form: max(times[form] / min(times.values()) for times in ms.values()) for form in finalists}
     _log.info("experts %s: times the fastest one's at worst: %s", config, behind)
     return min(finalists, key=lambda form: behind[form])
@@ -123,17 +128,19 @@ def _points(tokens: Sequence[int]) -> tuple[int, ...]:
     return tuple(tokens[place] for place in sorted(places))
 
 
-def measure(config: NodeConfig, wanted: Mapping[int, Sequence[str]]) -> dict[int, dict[str, float]]:
-    """Milliseconds of bodies of these forms, by number of tokens."""
+def measure(
+    config: NodeConfig, wanted: Mapping[int, Sequence[str]], copies: int = 1
+) -> dict[int, dict[str, float]]:
+    """Milliseconds of bodies of these forms, by number of tokens: of one node of several, with what is around it."""
     threads = torch.get_num_threads()
     clock = time.thread_time if threads == 1 else time.perf_counter
     every = dict.fromkeys(form for forms in wanted.values() for form in forms)
-    sessions = {form: node_session(form, config, threads) for form in every}
+    sessions = {form: node_session(form, config, threads, copies) for form in every}
     found = {}
     for tokens, forms in wanted.items():
         feeds = node_feeds(config, tokens)
         calls = {form: partial(sessions[form].run, None, feeds) for form in forms}
-        found[tokens] = interleaved(calls, SECONDS, clock)
+        found[tokens] = {form: ms / copies for form, ms in interleaved(calls, SECONDS, clock).items()}
     return found
 
 

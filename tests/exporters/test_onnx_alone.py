@@ -41,6 +41,22 @@ def test_forms_agree(dtype: int, gated: bool, biases: bool) -> None:
             assert error <= APART[dtype], (form, tokens, error)
 
 
+@pytest.mark.parametrize("dtype", APART)
+def test_several_nodes_in_a_row_have_weights_of_their_own_and_agree_too(dtype: int) -> None:
+    config, copies = make_config(dtype), 3
+    feeds = node_feeds(config, 5)
+    one, *outputs = (
+        node_session(form, config, 1, n).run(None, feeds)[0].astype(np.float64)
+        for form, n in (("loop", 1), ("loop", copies), ("unrolled", copies), ("gather", copies))
+    )
+    assert np.linalg.norm(outputs[0] - one) > 0.1 * np.linalg.norm(one)
+    for output in outputs[1:]:
+        assert np.linalg.norm(output - outputs[0]) <= 10 * APART[dtype] * np.linalg.norm(outputs[0])
+    model = node_model("dense", config, copies)
+    onnx.checker.check_model(model, full_check=True)
+    assert len({tensor.raw_data for tensor in model.graph.initializer if tensor.name.startswith("up_")}) > copies
+
+
 def test_the_graph_is_a_valid_one_and_its_routing_names_distinct_experts() -> None:
     config = make_config(onnx.TensorProto.FLOAT16)
     onnx.checker.check_model(node_model("unrolled", config), full_check=True)

@@ -27,7 +27,7 @@ def nothing_kept() -> None:
     fastest.cache_clear()
 
 
-def at_prices(config: NodeConfig, wanted: Mapping[int, Sequence[str]], **times: float) -> Measured:
+def at_prices(config: NodeConfig, wanted: Mapping[int, Sequence[str]], _copies: int = 1, **times: float) -> Measured:
     """Milliseconds of a machine on which forms cost their prices, times a factor; a choice costs nothing there."""
 
     def ms(form: str, tokens: int) -> float:
@@ -65,7 +65,7 @@ def test_at_the_usual_prices_the_usual_forms_are_fastest(
 @pytest.mark.parametrize("slow", ["gather", "dense", "batched"])
 def test_a_form_that_is_slow_on_this_machine_is_not_taken(slow: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow in cheapest(Priced(CONFIG), FORMS)
-    monkeypatch.setattr(onnx_timing, "measure", lambda c, wanted: at_prices(c, wanted, **{slow: 4.0}))
+    monkeypatch.setattr(onnx_timing, "measure", lambda c, wanted, _copies: at_prices(c, wanted, **{slow: 4.0}))
     form = fastest(CONFIG, FORMS)
     assert slow not in names_of(form)
     assert names_of(form)[-1] != "gather"
@@ -75,7 +75,7 @@ def test_limits_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(onnx_timing, "measure", at_prices)
     usual = fastest(CONFIG, ("dense", "batched"))
     fastest.cache_clear()
-    monkeypatch.setattr(onnx_timing, "measure", lambda c, wanted: at_prices(c, wanted, dense=0.8))
+    monkeypatch.setattr(onnx_timing, "measure", lambda c, wanted, _copies: at_prices(c, wanted, dense=0.8))
     quick = fastest(CONFIG, ("dense", "batched"))
     assert names_of(usual) == names_of(quick) == ("dense", "batched")
     (few,), (more,) = limits_of(usual, CONFIG), limits_of(quick, CONFIG)
@@ -87,7 +87,7 @@ def test_limits_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> No
 def test_bodies_of_several_forms_are_timed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a choice turns out to cost much, there is none."""
 
-    def dear(config: NodeConfig, wanted: Mapping[int, Sequence[str]]) -> Measured:
+    def dear(config: NodeConfig, wanted: Mapping[int, Sequence[str]], _copies: int) -> Measured:
         found = at_prices(config, wanted)
         return {t: {f: ms * 10 ** f.count("+") for f, ms in times.items()} for t, times in found.items()}
 
@@ -100,9 +100,11 @@ def test_bodies_of_several_forms_are_timed_as_they_are(monkeypatch: pytest.Monke
 
 def test_forms_that_cannot_be_the_fastest_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Mapping[int, Sequence[str]]] = []
+    built: list[int] = []
 
-    def watched(config: NodeConfig, wanted: Mapping[int, Sequence[str]]) -> Measured:
+    def watched(config: NodeConfig, wanted: Mapping[int, Sequence[str]], copies: int) -> Measured:
         asked.append(wanted)
+        built.append(copies)
         return at_prices(config, wanted)
 
     monkeypatch.setattr(onnx_timing, "measure", watched)
@@ -110,6 +112,11 @@ def test_forms_that_cannot_be_the_fastest_are_not_waited_for(monkeypatch: pytest
     assert list(asked[0]) == [1, 4, 16, 64, 256, 1024]
     assert "gather" in asked[0][1]
     assert not any("gather" in forms for tokens, forms in asked[0].items() if tokens >= 64)
+    assert set(built) == {1}
+    for config, count, copies in ((CONFIG, 4, 4), (CONFIG, 48, 8), (replace(CONFIG, num_experts=128), 48, 2)):
+        built.clear()
+        fastest(config, FORMS, (1,), count)  # as many as the model has, until their weights fill the caches
+        assert set(built) == {copies}
 
 
 def test_very_large_experts_are_left_to_the_prices(caplog: pytest.LogCaptureFixture) -> None:
