@@ -24,7 +24,7 @@ CHOICE = 8_000
 #: Forms that one body may hold, and what a further one must save somewhere: it may be one more copy of the weights.
 MOST, _WORTH = 3, 0.02
 #: Beyond this many tokens a form that is still the cheaper one always is.
-_ALWAYS = 1 << 16
+ALWAYS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def last_tokens(costs: Costs, few: str, many: str) -> int | None:
 
     low, high = 1, 2
     while cheaper(high):
-        if high >= _ALWAYS:
+        if high >= ALWAYS:
             return None
         low, high = high, 2 * high
     while high - low > 1:

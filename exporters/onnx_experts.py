@@ -11,7 +11,7 @@ import torch
 from latentize import ops as _ops  # noqa: F401 - defines torch.ops.latentize.latent_experts
 from latentize.activations import Activation
 from latentize.exporters.onnx_bodies import ATTRIBUTES, DOMAIN, INPUTS, OP_TYPE, build_body
-from latentize.exporters.onnx_choice import REQUESTS, FormChoice, names_of
+from latentize.exporters.onnx_choice import REQUESTS, FormChoice, How, names_of
 from latentize.exporters.onnx_costs import TOKENS, Priced, cheapest
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT, moe_refusal
@@ -99,13 +99,21 @@ def attach_bodies(model: ir.Model, form: str, opset: int, tokens: tuple[int, ...
     overloads = {config: _overload(name, number) for number, (config, name) in enumerate(chosen.items())}
     for node, config in zip(nodes, configs, strict=True):
         node.overload = overloads[config]
-    how = REQUESTS.get(form, "asked")
-    counts = () if how == "asked" else tokens
-    return tuple(FormChoice.of(place(n), chosen[c], c, counts, how) for n, c in zip(nodes, configs, strict=True))
+    how = {config: _how(form, config) for config in configs}
+    counts = () if form not in REQUESTS else tokens
+    return tuple(FormChoice.of(place(n), chosen[c], c, counts, how[c]) for n, c in zip(nodes, configs, strict=True))
 
 
 def _overload(form: str, number: int) -> str:
     return f"{'_or_'.join(names_of(form))}_{number}"
+
+
+def _how(form: str, config: NodeConfig) -> How:
+    """How a request's form comes about; experts that are too large to be timed get theirs by what forms cost."""
+    from latentize.exporters.onnx_timing import measurable
+
+    how = REQUESTS.get(form, "asked")
+    return "priced" if how == "measured" and not measurable(config) else how
 
 
 def _chosen(form: str, config: NodeConfig, every: Sequence[NodeConfig], tokens: tuple[int, ...]) -> str:

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from statistics import quantiles
 
@@ -22,8 +22,9 @@ import torch
 
 from latentize.exporters.onnx_alone import node_feeds, node_session
 from latentize.exporters.onnx_choice import spell
-from latentize.exporters.onnx_costs import TOKENS, Priced, cheapest, cost, last_tokens, ranked, taken
+from latentize.exporters.onnx_costs import ALWAYS, TOKENS, Priced, cheapest, cost, last_tokens, ranked, taken
 from latentize.exporters.onnx_forms import NodeConfig
+from latentize.exporters.onnx_nodes import DOUBLE
 
 #: Seconds that each graph is run for, at each number of tokens.
 SECONDS = 0.1
@@ -68,7 +69,11 @@ class Timed:
         return cost(form, self.config, tokens) * math.exp(np.interp(math.log(tokens), at, ratios))
 
 
-@lru_cache(maxsize=64)
+def measurable(config: NodeConfig) -> bool:
+    """Whether nodes of this kind are built a second time to be timed: their weights must fit into one ONNX file."""
+    return config.weight_bytes * (2 if config.dtype == DOUBLE else 1) < _TIMED_BYTES
+
+
 def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] = TOKENS, count: int = 1) -> str:
     """The text of the form that stays closest to the fastest over `tokens` on this machine, with its limits.
 
@@ -83,7 +88,7 @@ def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] 
     Raises:
         MissingExtraError: onnxruntime is not installed.
     """
-    if config.weight_bytes > _TIMED_BYTES:
+    if not measurable(config):
         _log.warning("experts of %.1f GiB are not built to be timed: prices decide", config.weight_bytes / 2**30)
         return "+".join(cheapest(Priced(config), forms, tokens))
     points = _points(tokens)
@@ -99,9 +104,10 @@ def fastest(config: NodeConfig, forms: tuple[str, ...], tokens: tuple[int, ...] 
 
 
 def _promising(config: NodeConfig, forms: Sequence[str], tokens: int) -> tuple[str, ...]:
-    """Forms that may be the fastest for so many tokens."""
+    """Forms that may be the fastest for so many tokens, and the cheapest that may be the last of a body."""
     prices = {form: cost(form, config, tokens) for form in forms}
-    return tuple(form for form in forms if prices[form] <= _FAR * min(prices.values()))
+    last = min((form for form in forms if form != "gather"), key=lambda form: prices[form])
+    return tuple(form for form in forms if form == last or prices[form] <= _FAR * min(prices.values()))
 
 
 def _finalists(timed: Timed, tokens: tuple[int, ...]) -> tuple[str, ...]:
@@ -111,12 +117,10 @@ def _finalists(timed: Timed, tokens: tuple[int, ...]) -> tuple[str, ...]:
     """
     best: dict[int, str] = {}
     for names in ranked(timed, timed.forms, tokens):
-        limits = [last_tokens(timed, few, many) for few, many in pairwise(names)]
-        sure = [limit for limit in limits if limit is not None]
-        rising = len(sure) == len(limits) and all(few < many for few, many in pairwise(sure))
+        limits = [last_tokens(timed, few, many) or ALWAYS for few, many in pairwise(names)]
         used = {taken(timed, names, count) for count in tokens}
-        if rising and used >= set(range(len(names) - 1)):
-            best.setdefault(len(names), spell(names, sure))
+        if used >= set(range(len(names) - 1)) and all(few < many for few, many in pairwise(limits)):
+            best.setdefault(len(names), spell(names, limits))
     return tuple(best.values())
 
 

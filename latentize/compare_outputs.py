@@ -33,8 +33,9 @@ def agreement(
     """The rewritten model against the original, and each backend's graphs against their models, length by length.
 
     Where a graph disagrees on all sequences of a length, and in each a router's choice is a tie within the tolerance,
-    fresh ones are drawn. If ties leave nothing to compare all the same, the length is left out, unless it is so at
-    every length: a graph that never agrees has failed.
+    fresh ones are drawn. If ties leave nothing to compare all the same, the length is left out where most positions of
+    one of the sequences agree, as they do before a choice falls otherwise; not where it is so at every length: a graph
+    that never agrees has failed.
 
     Args:
         models: both, in PyTorch; run in eval mode, left as found.
@@ -73,7 +74,7 @@ def agreement(
     told = {(row.backend, row.model) for tally, row in tried if not tally.only_ties}
     rows = []
     for tally, row in tried:
-        if tally.only_ties and (row.backend, row.model) in told:
+        if tally.excused and (row.backend, row.model) in told:
             notes.append(f"{row.backend}, {row.model}, T = {row.tokens}: not compared: {row.note}")
         else:
             rows.append(row)
@@ -160,12 +161,18 @@ class _Tally:
         self._graph = graph
         self._error, self._note = 0.0, ""
         self._tied: list[float] = []
+        self._mostly = False  # most positions of a sequence that was left out agree
         self._differences = Differences()
 
     @property
     def only_ties(self) -> bool:
         """Whether there was nothing to compare but sequences that were left out."""
         return bool(self._tied) and not self._note and not self._differences.positions
+
+    @property
+    def excused(self) -> bool:
+        """Whether ties explain why there was nothing to compare: without them the graph agrees."""
+        return self.only_ties and self._mostly
 
     def add(self, inputs: Inputs, answers: dict[int, _Expected]) -> None:
         """One more sequence; what models return for it is looked up in `answers`, and kept there."""
@@ -185,6 +192,7 @@ class _Tally:
         error = max((relative_error(a, e) for a, e in zip(found, expected.outputs, strict=True)), default=0.0)
         if error > graph.tolerance >= _answer(answers, graph.watched, inputs).closest:
             self._tied.append(error)
+            self._mostly |= _median_error(expected.main, _rows(found[expected.number])) <= graph.tolerance
             return
         self._error = max(self._error, error)
         self._differences.add(expected.main, _rows(found[expected.number]), scores=expected.scores)
@@ -199,6 +207,13 @@ class _Tally:
         outputs = self._differences.result() if self._differences.positions and not self._note else None
         name, which, limit = self._graph.backend.name, self._graph.which, self._graph.tolerance
         return BackendAgreement(name, which, tokens, error, limit, error <= limit, outputs, note)
+
+
+def _median_error(expected: Tensor, found: Tensor) -> float:
+    """The relative error of the median position; infinite where it is not finite."""
+    e, f = (t.double().flatten(0, -2) for t in (expected, found))
+    errors = (f - e).norm(dim=-1) / e.norm(dim=-1)
+    return float(errors.nan_to_num(nan=float("inf")).median())
 
 
 def _rows(tensor: Tensor) -> Tensor:

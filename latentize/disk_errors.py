@@ -18,8 +18,8 @@ _FULL = {
     errno.EDQUOT: ("the disk quota is used up", "free some space"),
     errno.EFBIG: ("a file grows larger than the disk or a limit (ulimit -f) allows", "allow larger files"),
 }
-#: A place that is not to be written, or not to be replaced.
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+#: A place that is not to be written, or not to be replaced, or that is a file where a folder should be.
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV, errno.EEXIST, errno.ENOTDIR)
 
 
 @contextmanager

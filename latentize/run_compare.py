@@ -74,7 +74,7 @@ def compare(options: Options) -> None:
         made = _Pair(source, rewritten, blocks, backends, options).measure(steps, [*source.notes, *notes])
     print_comparison(console, made)
     terminal.print_end(console, made.gates, [*made.notes, *_kept(options.out, made)], (), str(options.out))
-    require(made.gates, "The report says where it begins; --tolerance allows more")
+    require(made.gates, "The comparison says at which lengths and from which block on; --tolerance allows more")
 
 
 def bench(out: Path, original: str | None, *, fused: bool = False, quiet: bool) -> None:

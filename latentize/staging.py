@@ -23,7 +23,7 @@ WORK = ".engine."
 #: What a folder of ours may hold besides the files its manifest lists: engines and the library of `latentize build`,
 #: and what a killed `build` or `compare` left.
 _LATER = ("*.engine", "latentize_onnxruntime.so", f"{WORK}*", ".latentize_onnxruntime.so.*.partial",
-          ".report.*.partial", ".model.onnx.*.onnx")  # fmt: skip
+          ".report.*.partial", ".model.onnx.*.onnx", ".float32-*")  # fmt: skip
 
 
 @contextmanager

@@ -143,6 +143,18 @@ def test_a_profile_chooses_the_form_and_any_number_of_tokens_still_agrees(
     assert check_onnx(tmp_path / "m.onnx", block, [((x,), {}) for x in drawn]).error < 2e-6
 
 
+def test_experts_too_large_to_be_timed_are_said_to_be_chosen_by_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from latentize.exporters import onnx_timing
+
+    monkeypatch.setattr(onnx_timing, "_TIMED_BYTES", 1000)
+    block, x = LatentMoE(make_wide()), torch.zeros(2, 5, 80)
+    auto, measured = (export_onnx(block, (x,), {}, tmp_path / "m.onnx", form=form) for form in ("auto", "measured"))
+    assert measured.choices == auto.choices
+    assert measured.choices[0].how == "priced"
+
+
 def make_wide() -> MoESpec:
     """Eight of 32 experts of a size at which every number of tokens has a form of its own: 80→64→64."""
     generator = torch.Generator().manual_seed(3)

@@ -14,17 +14,12 @@ from latentize.exporters import onnx_timing
 from latentize.exporters.onnx_choice import limits_of, names_of
 from latentize.exporters.onnx_costs import TOKENS, Priced, cheapest, cost
 from latentize.exporters.onnx_forms import NodeConfig
-from latentize.exporters.onnx_timing import Timed, fastest, interleaved
+from latentize.exporters.onnx_timing import Timed, fastest, interleaved, measurable
 
 FORMS = ("gather", "moe", "dense", "batched", "unrolled")
 CONFIG = NodeConfig(16, 4, 64, 64, 1, Activation("silu"), ("gate",), False, True)
 
 Measured = dict[int, dict[str, float]]
-
-
-@pytest.fixture(autouse=True)
-def nothing_kept() -> None:
-    fastest.cache_clear()
 
 
 def at_prices(config: NodeConfig, wanted: Mapping[int, Sequence[str]], _copies: int = 1, **times: float) -> Measured:
@@ -74,7 +69,6 @@ def test_a_form_that_is_slow_on_this_machine_is_not_taken(slow: str, monkeypatch
 def test_limits_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_timing, "measure", at_prices)
     usual = fastest(CONFIG, ("dense", "batched"))
-    fastest.cache_clear()
     monkeypatch.setattr(onnx_timing, "measure", lambda c, wanted, _copies: at_prices(c, wanted, dense=0.8))
     quick = fastest(CONFIG, ("dense", "batched"))
     assert names_of(usual) == names_of(quick) == ("dense", "batched")
@@ -93,7 +87,6 @@ def test_bodies_of_several_forms_are_timed_as_they_are(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(onnx_timing, "measure", at_prices)
     assert "+" in fastest(CONFIG, FORMS)
-    fastest.cache_clear()
     monkeypatch.setattr(onnx_timing, "measure", dear)
     assert "+" not in fastest(CONFIG, FORMS)
 
@@ -119,8 +112,21 @@ def test_forms_that_cannot_be_the_fastest_are_not_waited_for(monkeypatch: pytest
         assert set(built) == {copies}
 
 
+def test_where_copies_alone_are_promising_there_is_a_form_for_many_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_timing, "measure", at_prices)
+    many = NodeConfig(1024, 8, 16, 16, 1, Activation("silu"), ("gate",), False, True)
+    assert cost("gather", many, 1) * 3 < min(cost(form, many, 1) for form in FORMS if form != "gather")
+    for forms in (FORMS, ("gather", "moe")):
+        form = fastest(many, forms, (1,))
+        assert names_of(form)[0] == "gather"
+        assert names_of(form)[-1] != "gather"
+
+
 def test_very_large_experts_are_left_to_the_prices(caplog: pytest.LogCaptureFixture) -> None:
     large = replace(CONFIG, latent_dim=2048, intermediate_size=4096)
+    assert measurable(CONFIG)
+    assert not measurable(large)
+    assert not measurable(NodeConfig(64, 2, 1024, 1024, 11, Activation("relu"), (), False))  # 2 GiB in float64
     assert fastest(large, ("gather", "moe")) == "moe"
     assert "are not built to be timed: prices decide" in caplog.text
 

@@ -132,14 +132,15 @@ def sequence(tokens, sign):
     return Inputs((sign * torch.randn(1, tokens, 4, generator=torch.Generator().manual_seed(tokens)).abs(),))
 
 
-def off_by(error, where=lambda x: bool((x[..., 0] < 0).any())):
-    """A graph of `ROUTED` that is off where a router's choice is a tie, or elsewhere."""
+def off_by(error, where=lambda x: bool((x[..., 0] < 0).any()), since=0):
+    """A graph of `ROUTED` that is off where a router's choice is a tie, or elsewhere, from a position on."""
 
     def run(inputs):
         (x,) = inputs.tensors()
         with torch.no_grad():
             found = ROUTED(x)
-        return [found["logits"] * (1 + error * where(x)), found["aux"]]
+        late = torch.arange(x.shape[1])[None, :, None] >= since
+        return [found["logits"] * (1 + error * where(x) * late), found["aux"]]
 
     return run
 
@@ -182,7 +183,7 @@ def test_a_length_with_nothing_but_ties_is_left_out_where_another_was_compared_a
         return inputs
 
     short, long = Sequences(1, (sequence(1, 1),)), Sequences(3, (sequence(3, -1),))
-    graph = Backend("b", {"rewritten": off_by(1e-3)}, TOLERANCES)
+    graph = Backend("b", {"rewritten": off_by(1e-3, since=2)}, TOLERANCES)
     lengths, (row,) = agreement(models, [graph], [short, long], notes, redraw=redraw)
     assert [length.tokens for length in lengths] == [1, 3]
     assert (row.tokens, row.passed) == (1, True)
@@ -191,7 +192,18 @@ def test_a_length_with_nothing_but_ties_is_left_out_where_another_was_compared_a
     assert notes[0].startswith(said)
     _, (row,) = agreement(models, [graph], [long], notes, redraw=redraw)
     assert (row.passed, row.outputs) == (False, None)
-    assert row.error == pytest.approx(1e-3, rel=0.01)
+    assert 1e-4 < row.error < 1e-3
+
+
+def test_ties_are_no_excuse_where_most_positions_disagree():
+    """A graph that is wrong from some length on, whose every sequence has a tie somewhere."""
+    models, notes = {"original": ROUTED, "rewritten": ROUTED}, []
+    short, long = Sequences(1, (sequence(1, 1),)), Sequences(3, (sequence(3, -1),))
+    for wrong in (off_by(1.0), off_by(1.0, since=1)):
+        graph = Backend("b", {"rewritten": wrong}, TOLERANCES)
+        _, rows = agreement(models, [graph], [short, long], notes, redraw=lambda inputs, _seed: inputs)
+        assert {row.tokens: row.passed for row in rows} == {1: True, 3: False}
+    assert notes == []
 
 
 def test_a_widened_graph_is_held_against_the_model_widened_alike():
