@@ -159,7 +159,7 @@ def test_a_disagreement_is_looked_at_for_ties_in_both_models_and_is_no_matter_of
     code, _, err = call(capsys, "compare", out, "--backend", "ort", "--max-tokens", "1", "--tolerance", "1e-12", "-q")
     assert code == 4
     assert len(routers) == 2
-    assert err.endswith("The report says where it begins; --tolerance allows more\n")
+    assert err.endswith("The comparison says at which lengths and from which block on; --tolerance allows more\n")
 
 
 @pytest.mark.parametrize("command", ["compare", "bench"])

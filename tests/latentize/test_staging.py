@@ -65,8 +65,13 @@ def test_a_folder_to_build_in_is_gone_afterwards_and_so_are_those_of_killed_buil
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("left", [".report.json.x1.partial", ".latentize_onnxruntime.so.x1.partial",
-                                  ".model.onnx.x1.onnx", ".engine.x1/model.onnx", ".float32-x1/model.onnx"])  # fmt: skip
+@pytest.mark.parametrize(
+    "left",
+    [
+        ".report.json.x1.partial", ".latentize_onnxruntime.so.x1.partial", ".model.onnx.x1.onnx",
+        ".engine.x1/model.onnx", ".float32-x1/model.onnx",
+    ],
+)  # fmt: skip
 def test_what_a_killed_command_left_in_an_earlier_result_does_not_stand_in_the_way(tmp_path, left):
     out = tmp_path / "out"
     with staged(out) as folder:
