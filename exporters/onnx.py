@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from latentize import __version__
-from latentize.errors import LatentizeError, MissingExtraError, one_line
+from latentize.errors import LatentizeError, one_line, require_packages
 from latentize.exporters.captured import capture_any_length, example_for_export, exporting, quiet
 from latentize.exporters.onnx_bodies import check_form
 from latentize.exporters.onnx_choice import FormChoice
@@ -86,7 +86,7 @@ def export_onnx(
         MissingExtraError: onnx, onnxscript or, to measure, onnxruntime is not installed.
         ResourceError: the disk is full.
     """
-    _require("onnx", "onnxscript")
+    require_packages(("onnx", "onnxscript"), "onnx", "ONNX export")
     _check_request(model, form, opset)
     inputs = example_for_export(model, args, kwargs)
     with exporting(model):
@@ -118,18 +118,10 @@ def _forms(choices: Sequence[FormChoice]) -> dict[str, str]:
     return {choice.block: choice.form for choice in choices}
 
 
-def _require(*packages: str) -> None:
-    for package in packages:
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingExtraError(package, "onnx", "ONNX export") from None
-
-
 def _check_request(model: nn.Module, form: str, opset: int) -> None:
     check_form(form)
     if form == "measured":
-        _require("onnxruntime")
+        require_packages(("onnxruntime",), "onnx", "ONNX export")
     if not MIN_OPSET <= opset <= MAX_OPSET:
         raise LatentizeError(f"ONNX opset {opset} is not supported: expected {MIN_OPSET} to {MAX_OPSET}")
     for name, tensor in model.state_dict().items():

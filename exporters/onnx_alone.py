@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from latentize.errors import MissingExtraError
+from latentize.errors import require_packages
 from latentize.exporters.onnx_bodies import DOMAIN, INPUTS, OP_TYPE, build_body
 from latentize.exporters.onnx_forms import NodeConfig
 from latentize.exporters.onnx_fused import MICROSOFT
@@ -27,10 +27,9 @@ def node_session(form: str, config: NodeConfig, threads: int, copies: int = 1) -
         MissingExtraError: onnxruntime is not installed.
         LatentizeError: the form is unknown, or cannot express this config exactly.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "onnx", "timing ONNX forms") from None
+    require_packages(("onnxruntime",), "onnx", "timing ONNX forms")
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentize.disk_errors import COPY, disk_errors
-from latentize.errors import LatentizeError, MissingExtraError, one_line
+from latentize.errors import LatentizeError, one_line, require_packages
 from latentize.exporters.captured import exporting
 from latentize.exporters.onnx_bodies import DOMAIN, OP_TYPE
 from latentize.exporters.onnx_check import open_session, relative_error, run_session
@@ -85,11 +85,7 @@ class _Watch(TorchDispatchMode):
 
 def _blocks(path: Path) -> tuple[list[str], list[str]]:
     """Places of the blocks in the model, and the names of their outputs in the graph."""
-    for package in ("onnx", "onnx_ir"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise MissingExtraError(package, "onnx", "comparing a graph block by block") from None
+    require_packages(("onnx", "onnx_ir"), "onnx", "comparing a graph block by block")
     import onnx_ir as ir
 
     try:

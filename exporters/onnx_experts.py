@@ -110,10 +110,12 @@ def _overload(form: str, number: int) -> str:
 
 def _how(form: str, config: NodeConfig) -> How:
     """How a request's form comes about; experts that are too large to be timed get theirs by what forms cost."""
-    from latentize.exporters.onnx_timing import measurable
-
     how = REQUESTS.get(form, "asked")
-    return "priced" if how == "measured" and not measurable(config) else how
+    if how == "measured":
+        from latentize.exporters.onnx_timing import measurable
+
+        return how if measurable(config) else "priced"
+    return how
 
 
 def _chosen(form: str, config: NodeConfig, every: Sequence[NodeConfig], tokens: tuple[int, ...]) -> str:

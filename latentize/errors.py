@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class LatentizeError(Exception):
     """A fault in what the user gave. The command line prints the message alone and exits with `exit_code`."""
@@ -34,6 +36,19 @@ class MissingExtraError(LatentizeError):
         super().__init__(
             f"{feature} needs the package {package!r}, which is not installed: pip install 'latentize[{extra}]'"
         )
+
+
+def require_packages(packages: Iterable[str], extra: str, feature: str) -> None:
+    """Check that what a feature needs of an extra can be imported.
+
+    Raises:
+        MissingExtraError: naming the first package that is not installed.
+    """
+    for package in packages:
+        try:
+            __import__(package)
+        except ImportError:
+            raise MissingExtraError(package, extra, feature) from None
 
 
 def first_line(error: BaseException) -> str:
